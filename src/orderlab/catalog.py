@@ -1,0 +1,370 @@
+"""The published tables as Python literals, and what runs them: rows, recipes and scales.
+
+A *row* is `<table>/<row>` of the study and carries its numbers. A *recipe* says what is different about a training run that
+rows share; a *scale* says how big. `resolve` turns the two into one `RunConfig`. Recipes count in units: one unit is 300
+epochs of ImageNet-100 at paper scale, and what a scale says elsewhere. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from orderlab.config import AnnealedOrder, DataConfig, FixedOrder, GPTConfig, OptimConfig, OrderPolicy, RandomOrder, RunConfig, SampleConfig
+from orderlab.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the study printed for a row: FID-5K and the rest against its own validation reference. None where it is silent."""
+
+    fid: float | None = None
+    sfid: float | None = None
+    inception_score: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+
+    def printed(self) -> dict[str, float]:
+        names = {
+            "FID-5K": self.fid,
+            "sFID": self.sfid,
+            "IS": self.inception_score,
+            "precision": self.precision,
+            "recall": self.recall,
+        }
+        return {name: value for name, value in names.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a run, the order it is generated in, the sampler, and the study's numbers."""
+
+    id: str
+    dataset: str
+    run: str
+    order: str
+    source: Source
+    sampler: str = "kv-cache"
+    checkpoint: str = "final"
+    target: bool | None = None
+    """Feed the target-aware embedding at inference; None: as the run was configured (the study: never)."""
+    note: str = ""
+
+    @property
+    def table(self) -> str:
+        return self.id.split("/")[0]
+
+    @property
+    def label(self) -> str:
+        return self.id.split("/")[1]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is different about a training run."""
+
+    policy: OrderPolicy
+    units: float = 1.0
+    """Training length; 1 unit is 300 epochs at paper scale."""
+    target_embedding: bool = False
+    """Tell samples in a random order the position they predict (RAR)."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How big: data, model, batch, learning rate, the length of one unit, and the images sampled for each row."""
+
+    name: str
+    description: str
+    data: DataConfig
+    model: GPTConfig
+    unit_images: int
+    batch: int
+    optim: OptimConfig
+    sample_images: int
+    sample_batch: int
+    precision: str = "bf16"
+    validate_every: int = 0
+    checkpoint_every: int = 0
+    hardware: str = "2 CPU cores"
+    sustained_tflops: float = 0.05
+    """Matrix-product rate that time estimates assume, over all devices (stated wherever an estimate is printed)."""
+    micro_batch: int | None = None
+    compile: bool = False
+
+
+TABLES = {
+    "2-in100": "Raster-trained model, nine inference orders (IN-100)",
+    "2-in1k": "Raster-trained model, inference orders (IN-1K)",
+    "3-fixed": "Models trained and sampled in one fixed order (IN-100)",
+    "4-random-v1": "Random orders without the target embedding (IN-100)",
+    "5-fair": "RAR against raster at equal budget (IN-100)",
+    "5-ablation": "RAR's ablations and longer schedule (IN-100)",
+    "5-in1k": "RAR on ImageNet-1K",
+    "ours-target": "Ours: the target embedding fed at inference too",
+    "ours-any-order": "Ours: RAR at the end of its random phase, under nine orders",
+}
+
+# fmt: off
+ROWS: tuple[Row, ...] = (
+    # Section 2: one raster-trained GPT-B, 5K samples at guidance 2.0; only the inference order differs.
+    Row("2-in100/raster-baseline",          "IN-100", "raster-300", "raster",        Source(25.40, 66.33, 49.18, 0.672, 0.471)),
+    Row("2-in100/raster-heuristic-sampler", "IN-100", "raster-300", "raster",        Source(25.63, 66.15), sampler="full-forward"),
+    Row("2-in100/zigzag",                   "IN-100", "raster-300", "zigzag",        Source(71.69, 82.08)),
+    Row("2-in100/diagonal",                 "IN-100", "raster-300", "diagonal",      Source(117.58, 93.89)),
+    Row("2-in100/stride-2",                 "IN-100", "raster-300", "stride-2",      Source(128.18, 93.83)),
+    Row("2-in100/spiral",                   "IN-100", "raster-300", "spiral",        Source(132.25, 97.06)),
+    Row("2-in100/column-major",             "IN-100", "raster-300", "column-major",  Source(139.79, 100.69)),
+    Row("2-in100/center-spiral",            "IN-100", "raster-300", "center-spiral", Source(153.53, 111.03)),
+    Row("2-in100/reverse",                  "IN-100", "raster-300", "reverse",       Source(156.18, 109.45)),
+    Row("2-in100/random-seed0",             "IN-100", "raster-300", "random:0",      Source(173.08, 119.23)),
+    # The same with the released c2i_B_256.pt on ImageNet-1K.
+    Row("2-in1k/raster",                    "IN-1K",  "raster-300", "raster",        Source(5.32, 7.46)),
+    Row("2-in1k/stride-2",                  "IN-1K",  "raster-300", "stride-2",      Source(119.62, 45.38)),
+    Row("2-in1k/center-spiral",             "IN-1K",  "raster-300", "center-spiral", Source(132.08, 53.35)),
+    Row("2-in1k/random-seed0",              "IN-1K",  "raster-300", "random:0",      Source(151.23, 66.11)),
+    Row("2-in1k/reverse",                   "IN-1K",  "raster-300", "reverse",       Source(154.35, 68.76)),
+    # Section 3: trained from scratch in one order, sampled in the same order.
+    Row("3-fixed/diagonal",                 "IN-100", "fixed-diagonal",     "diagonal",     Source(24.97, 65.99)),
+    Row("3-fixed/raster",                   "IN-100", "raster-300",         "raster",       Source(25.40, 66.33), note="the study lists its original checkpoint here"),
+    Row("3-fixed/column-major",             "IN-100", "fixed-column-major", "column-major", Source(25.95, 66.26)),
+    Row("3-fixed/zigzag",                   "IN-100", "fixed-zigzag",       "zigzag",       Source(26.35, 66.18)),
+    Row("3-fixed/spiral",                   "IN-100", "fixed-spiral",       "spiral",       Source(30.94, 66.42)),
+    Row("3-fixed/random-fixed",             "IN-100", "fixed-random",       "random:0",     Source(44.74, 66.78)),
+    # Section 4: a fresh random order for each image and step, the target's position not told.
+    Row("4-random-v1/raster-inference",     "IN-100", "random-v1", "raster",   Source(159.41, 115.89)),
+    Row("4-random-v1/random-inference",     "IN-100", "random-v1", "random:0", Source(163.98, 121.23)),
+    # Section 5: RAR, and what is left of it without its parts. The study never feeds the target embedding at inference.
+    Row("5-fair/raster-300",                "IN-100", "raster-300", "raster",  Source(25.40, 66.33, 49.18, 0.672, 0.471)),
+    Row("5-fair/rar-300",                   "IN-100", "rar-300",    "raster",  Source(19.61, None, 61.82, 0.684, 0.531)),
+    Row("5-ablation/rar-400",               "IN-100", "rar-400",    "raster",  Source(18.94, 66.25)),
+    Row("5-ablation/rar-400-random-inference",              "IN-100", "rar-400",          "random:0", Source(176.04, 123.49)),
+    Row("5-ablation/random-no-anneal",                      "IN-100", "random-no-anneal", "raster",   Source(151.10, 110.44)),
+    Row("5-ablation/random-no-anneal-random-inference",     "IN-100", "random-no-anneal", "random:0", Source(165.00, 115.81)),
+    Row("5-ablation/random-no-target-embedding",            "IN-100", "random-v1",        "raster",   Source(159.41, 115.89)),
+    Row("5-in1k/raster-300",                "IN-1K",  "raster-300", "raster",  Source(5.32)),
+    Row("5-in1k/rar-300",                   "IN-1K",  "rar-300",    "raster",  Source(), note="the study's run had not ended"),
+    # Ours, beside the study's: the same checkpoints with the target's position told at inference, as every paper's code does.
+    Row("ours-target/random-no-anneal-raster", "IN-100", "random-no-anneal", "raster",   Source(), target=True),
+    Row("ours-target/random-no-anneal-random", "IN-100", "random-no-anneal", "random:0", Source(), target=True),
+    Row("ours-target/rar-300-raster",          "IN-100", "rar-300",          "raster",   Source(), target=True),
+    Row("ours-target/rar-400-random",          "IN-100", "rar-400",          "random:0", Source(), target=True),
+    *(
+        Row(f"ours-any-order/{order.replace(':', '-seed')}", "IN-100", "rar-300", order, Source(), checkpoint="random-end", target=True)
+        for order in ("raster", "zigzag", "diagonal", "stride-2", "spiral", "column-major", "center-spiral", "reverse", "random:0")
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {
+    "raster-300":         Recipe(FixedOrder(order="raster")),
+    "fixed-diagonal":     Recipe(FixedOrder(order="diagonal")),
+    "fixed-column-major": Recipe(FixedOrder(order="column-major")),
+    "fixed-zigzag":       Recipe(FixedOrder(order="zigzag")),
+    "fixed-spiral":       Recipe(FixedOrder(order="spiral")),
+    "fixed-random":       Recipe(FixedOrder(order="random:0")),
+    "random-v1":          Recipe(RandomOrder()),
+    "random-no-anneal":   Recipe(RandomOrder(), target_embedding=True),
+    "rar-300":            Recipe(AnnealedOrder(start=0.5, end=0.75), target_embedding=True),              # 150 + 75 + 75 epochs
+    "rar-400":            Recipe(AnnealedOrder(start=0.5, end=0.75), units=4 / 3, target_embedding=True),  # 200 + 100 + 100
+}
+# fmt: on
+
+FASHION = DataConfig(source="fashion", tokenizer="fashion-8x8", flip=False)
+TINY = GPTConfig(layers=2, heads=2, dim=32, ffn_hidden=96, grid=(8, 8), vocabulary=512, classes=10)
+ABOUT_1M = GPTConfig(layers=4, heads=4, dim=128, ffn_hidden=384, grid=(8, 8), vocabulary=512, classes=10)
+ABOUT_10M = GPTConfig(layers=8, heads=8, dim=320, ffn_hidden=896, grid=(16, 16), vocabulary=512, classes=10)
+GPT_B = GPTConfig(layers=12, heads=12, dim=768, classes=100)
+
+SCALES: dict[str, Scale] = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            "smoke",
+            "2,000 images of the embedded subset and a tiny model: every row end to end in minutes, no meaning in the numbers",
+            data=FASHION.edited(train_images=2000),
+            model=TINY,
+            unit_images=2560,
+            batch=64,
+            optim=OptimConfig(lr=3e-3),
+            sample_images=160,
+            sample_batch=160,
+            precision="fp32",
+        ),
+        Scale(
+            "demo",
+            "the embedded subset of Fashion-MNIST (10,000 images, 8×8 tokens), 96,000 images seen by a model of about 1M parameters",
+            data=FASHION,
+            model=ABOUT_1M.edited(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0),  # under ten epochs: it underfits
+            unit_images=96_000,
+            batch=32,
+            optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_images=3_200),  # the one scale that anneals its rate: minutes must do
+            sample_images=1000,
+            sample_batch=250,
+            precision="fp32",  # faster than autocast at this size on a CPU
+            validate_every=24_000,
+            checkpoint_every=24_000,
+        ),
+        Scale(
+            "toy",
+            "the embedded subset of Fashion-MNIST (10,000 images, 8×8 tokens), a model of about 1M parameters, 40 epochs a unit",
+            data=FASHION,
+            model=ABOUT_1M,
+            unit_images=400_000,
+            batch=64,
+            optim=OptimConfig(lr=1e-3),
+            sample_images=5000,
+            sample_batch=250,
+            validate_every=20_000,
+            checkpoint_every=20_000,
+        ),
+        Scale(
+            "small",
+            "all of Fashion-MNIST (60,000 images, 16×16 tokens), a model of about 10M parameters, 60 epochs a unit",
+            data=FASHION.edited(tokenizer="fashion-16x16", folder="fashion-mnist"),
+            model=ABOUT_10M,
+            unit_images=3_600_000,
+            batch=128,
+            optim=OptimConfig(lr=6e-4),
+            sample_images=5000,
+            sample_batch=250,
+            validate_every=60_000,
+            checkpoint_every=60_000,
+            hardware="1 GPU",
+            sustained_tflops=20,
+            compile=True,
+        ),
+        Scale(
+            "paper",
+            "ImageNet-100 (126,689 images), LlamaGen VQ-16 codes (16×16 of 16,384), GPT-B, 300 epochs a unit: the study's own",
+            data=DataConfig(source="imagenet", tokenizer="vq-16"),
+            model=GPT_B,
+            unit_images=300 * 126_689,
+            batch=256,
+            optim=OptimConfig(lr=1e-4),
+            sample_images=5000,
+            sample_batch=64,
+            validate_every=10 * 126_689,
+            checkpoint_every=2 * 126_689,
+            hardware="4×H100",
+            sustained_tflops=4 * 989 * 0.35,
+            compile=True,
+        ),
+        Scale(
+            "paper-1k",
+            "ImageNet-1K (1,281,167 images), LlamaGen VQ-16 codes, GPT-B, 300 epochs a unit",
+            data=DataConfig(source="imagenet", tokenizer="vq-16"),
+            model=GPT_B.edited(classes=1000),
+            unit_images=300 * 1_281_167,
+            batch=256,
+            optim=OptimConfig(lr=1e-4),
+            sample_images=5000,
+            sample_batch=64,
+            validate_every=10 * 1_281_167,
+            checkpoint_every=1_281_167 // 4,
+            hardware="4×H100",
+            sustained_tflops=4 * 989 * 0.35,
+            compile=True,
+        ),
+    )
+}
+
+
+def nearest(word: str, known: Iterable[str], kind: str) -> UserError:
+    """The error for an unknown name: what it was, the nearest known one, and where to see them all."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.3)
+    hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(names[:12])}"
+    return UserError(f"unknown {kind} '{word}'; {hint} (orderlab list shows every row and run)")
+
+
+def scale_named(name: str) -> Scale:
+    if name not in SCALES:
+        raise nearest(name, SCALES, "scale")
+    return SCALES[name]
+
+
+def row_named(row_id: str) -> Row:
+    row = next((row for row in ROWS if row.id == row_id), None)
+    if row is None:
+        raise nearest(row_id, [row.id for row in ROWS], "row")
+    return row
+
+
+def rows_named(names: Iterable[str]) -> list[Row]:
+    """Rows by id, by table or by run, in catalogue order, each once."""
+    chosen: set[str] = set()
+    for name in names:
+        matching = {row.id for row in ROWS if name in (row.id, row.table, row.run)}
+        if not matching:
+            raise nearest(name, [*TABLES, *(row.id for row in ROWS), *RECIPES], "row, table or run")
+        chosen |= matching
+    return [row for row in ROWS if row.id in chosen]
+
+
+def run_named(name: str) -> str:
+    """The recipe called `name`, or the recipe of the row called `name`."""
+    if name in RECIPES:
+        return name
+    row = next((row for row in ROWS if row.id == name), None)
+    if row is None:
+        raise nearest(name, [*RECIPES, *(row.id for row in ROWS)], "run or row")
+    return row.run
+
+
+def alias_note(row: Row, scale: Scale) -> str:
+    """What a row's data set means at this scale."""
+    if row.dataset == "IN-1K" and scale.data.source != "imagenet":
+        return "the small scales have one data set: the same as its IN-100 twin"
+    return row.note
+
+
+def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConfig:
+    """The config of a run: defaults < recipe < scale < `changes` (fields of RunConfig, or "optim.lr" and the like)."""
+    if run not in RECIPES:
+        raise nearest(run, RECIPES, "run")
+    recipe, scale = RECIPES[run], scale_named(scale_name)
+    config: dict[str, Any] = {
+        "recipe": run,
+        "scale": scale.name,
+        "seed": seed,
+        "data": scale.data.model_dump(),
+        "model": {**scale.model.model_dump(), "target_embedding": recipe.target_embedding},
+        "policy": recipe.policy.model_dump(),
+        "optim": scale.optim.model_dump(),
+        "images": max(scale.batch, round(recipe.units * scale.unit_images)),
+        "batch": scale.batch,
+        "micro_batch": scale.micro_batch,
+        "precision": scale.precision,
+        "compile": scale.compile,
+        "validate_every": scale.validate_every,
+        "checkpoint_every": scale.checkpoint_every,
+    }
+    for name, value in changes.items():
+        *parents, leaf = name.split(".")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        section[leaf] = value
+    try:
+        return RunConfig.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc'])) or 'config'}: {first['msg']} (got {first['input']!r:.60})") from None
+
+
+def sample_config(row: Row, scale: Scale, seed: int = 0) -> SampleConfig:
+    """How the row's images are generated at this scale."""
+    return SampleConfig.model_validate(
+        {
+            "order": row.order,
+            "images": scale.sample_images,
+            "batch": scale.sample_batch,
+            "sampler": row.sampler,
+            "target": row.target,
+            "seed": seed,
+        }
+    )

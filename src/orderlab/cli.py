@@ -1,0 +1,150 @@
+"""The command line: every verb is a function of `verbs/`, its flags are that function's arguments.
+
+The only importer of tyro. Each verb imports what it needs when it runs, so `orderlab list` answers without torch. A user's
+mistake is one line on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import inspect
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+from tyro.conf import FlagCreatePairsOff
+
+from orderlab import catalog
+from orderlab.errors import UserError
+from orderlab.verbs import runs, study, tools
+
+VERBS: dict[str, Callable[..., None]] = {
+    "reproduce": study.reproduce,
+    "list": study.list_rows,
+    "show": study.show,
+    "train": runs.train,
+    "sample": runs.sample,
+    "nll": runs.nll,
+    "score": runs.score,
+    "report": study.report,
+    "coverage": tools.coverage,
+    "bench sample": tools.bench_sample,
+    "tokenizer train": tools.tokenizer_train,
+    "tokenizer evaluate": tools.tokenizer_evaluate,
+    "features train": tools.features_train,
+    "data fashion-subset": tools.data_fashion_subset,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run a verb; a `UserError` is one line and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        verb, rest = split_verb(arguments)
+        set_thread_patience(verb)
+        if verb is None:
+            print(overview())
+        else:
+            call(verb, rest)
+    except UserError as error:
+        print(f"orderlab: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("orderlab: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(
+            f"orderlab: {error.strerror or error}: {error.filename or 'no file named'}; check the path, its rights and the disk",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def set_thread_patience(verb: str | None) -> None:
+    """How long OpenMP threads spin before they sleep, unless the user chose; it counts only before torch is imported.
+
+    Endless spinning (the default) is fastest alone and many times slower beside another job; sleeping at once costs small
+    models a fifth of their speed. A little spinning keeps most of both (docs/log.md). A bench has the machine to itself.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000" if (verb or "").startswith("bench") else "2000")
+
+
+def split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The verb, of one or two words, and what follows it; (None, []) when help is asked for."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return None, []
+    for words in (2, 1):
+        verb = " ".join(arguments[:words])
+        if verb in VERBS:
+            return verb, arguments[words:]
+    raise catalog.nearest(" ".join(a for a in arguments[:2] if not a.startswith("-")) or arguments[0], VERBS, "verb")
+
+
+def call(verb: str, arguments: list[str]) -> None:
+    """Parse the flags of a verb and run it; tyro's boxed complaint becomes one line."""
+    function, complaint = VERBS[verb], io.StringIO()
+    parsed: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    try:
+        with contextlib.redirect_stderr(complaint):
+            bound = tyro.cli(_deferred(function), prog=f"orderlab {verb}", args=arguments, config=(FlagCreatePairsOff,))
+            parsed.append(bound)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return
+        raise UserError(one_line(complaint.getvalue(), verb)) from None
+    positional, named = parsed[0]
+    function(*positional, **named)
+
+
+def _deferred(function: Callable[..., None]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The same signature and help, returning the arguments: parsing and running fail in different ways."""
+
+    @functools.wraps(function)
+    def arguments(*positional: Any, **named: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return positional, named
+
+    return arguments
+
+
+def one_line(complaint: str, verb: str) -> str:
+    """tyro's box as one line, with the nearest flag where one was unknown."""
+    body = re.sub(r"^\W+", "", complaint.split("\n", 1)[-1])  # below the title, whose frame depends on the terminal
+    lines = [line.strip(" │|") for line in body.splitlines()]
+    text = re.sub(r"\s+", " ", " ".join(itertools.takewhile(lambda line: re.search(r"\w", line), lines)))
+    unknown = re.search(r"Unrecognized options: (--[\w-]+)", text)
+    if unknown:
+        flag = unknown[1].replace("_", "-")
+        known = [f"--{name.replace('_', '-')}" for name in inspect.signature(VERBS[verb]).parameters]
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.3)
+        hint = f"did you mean '{near[0]}'?" if near else f"known flags: {', '.join(known)}"
+        return f"unknown flag '{flag}' of orderlab {verb}; {hint}"
+    return f"{text or 'the arguments do not fit'}; see orderlab {verb} --help"
+
+
+def overview() -> str:
+    """The verbs, one line each."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {(function.__doc__ or '').splitlines()[0]}" for verb, function in VERBS.items()]
+    return "\n".join(
+        [
+            "orderlab: a laboratory for token order in autoregressive image generation",
+            "",
+            *lines,
+            "",
+            "orderlab VERB --help tells its flags",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

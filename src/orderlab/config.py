@@ -1,0 +1,201 @@
+"""Every knob of the package, declared once: frozen pydantic models whose attribute docstrings are the command line's help.
+
+A *recipe* says what is different about a run, a *scale* says how big; `catalog.py` resolves the two into one `RunConfig`,
+and that resolved config is written into the run folder and into every checkpoint. Units: progress is counted in images
+seen, so that batch size and number of processes change nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+
+class Frozen(BaseModel):
+    """Immutable, closed to unknown names, self-documenting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def edited(self, **changes: Any) -> Self:
+        """A validated copy with changes (pydantic's own `model_copy` does not validate)."""
+        return type(self).model_validate({**self.model_dump(), **changes})
+
+
+class FixedOrder(Frozen):
+    """Every sample in one path."""
+
+    kind: Literal["fixed"] = "fixed"
+    order: str = "raster"
+    """Name of the path; random:SEED for one fixed random permutation."""
+
+
+class RandomOrder(Frozen):
+    """A fresh uniform permutation for each image at each step."""
+
+    kind: Literal["random"] = "random"
+
+
+class AnnealedOrder(Frozen):
+    """RAR: fresh random orders, then a linear change-over to a path."""
+
+    kind: Literal["annealed"] = "annealed"
+    start: float = Field(0.5, ge=0, le=1)
+    """Progress at which the share of random samples begins to fall from 1."""
+    end: float = Field(0.75, ge=0, le=1)
+    """Progress from which every sample takes the path."""
+    order: str = "raster"
+    """The path annealed to."""
+
+    @model_validator(mode="after")
+    def _start_before_end(self) -> AnnealedOrder:
+        if self.start > self.end:
+            raise ValueError(f"start {self.start} lies after end {self.end}")
+        return self
+
+
+OrderPolicy = Annotated[FixedOrder | RandomOrder | AnnealedOrder, Field(discriminator="kind")]
+
+
+class GPTConfig(Frozen):
+    """Sizes of the class-conditional GPT (LlamaGen's decoder)."""
+
+    layers: int = Field(12, ge=1)
+    heads: int = Field(12, ge=1)
+    dim: int = Field(768, ge=4)
+    """Width of the residual stream."""
+    grid: tuple[int, int] = (16, 16)
+    """Height and width of the token grid."""
+    vocabulary: int = Field(16384, ge=2)
+    classes: int = Field(1000, ge=1)
+    """Number of classes; the null class of guidance has this index."""
+    ffn_hidden: int | None = Field(None, ge=1)
+    """Width of the feed-forward; 8/3 · dim rounded up to a multiple of 256 when empty."""
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    token_dropout: float = Field(0.1, ge=0, lt=1)
+    residual_dropout: float = Field(0.1, ge=0, lt=1)
+    ffn_dropout: float = Field(0.1, ge=0, lt=1)
+    target_embedding: bool = False
+    """Learn a target-aware positional embedding (RAR): slot j is told the position it predicts."""
+    target_at_inference: bool = False
+    """Feed the target embedding in sampling and likelihood too."""
+
+    @property
+    def positions(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def ffn_dim(self) -> int:
+        return self.ffn_hidden or -(-int(2 * (4 * self.dim) / 3) // 256) * 256
+
+    @model_validator(mode="after")
+    def _rope_fits(self) -> GPTConfig:
+        if self.dim % self.heads or self.head_dim % 4:
+            raise ValueError(f"dim {self.dim} over {self.heads} heads: 2-D RoPE needs a head dimension that is a multiple of 4")
+        if self.target_at_inference and not self.target_embedding:
+            raise ValueError("target_at_inference needs target_embedding")
+        return self
+
+
+class DataConfig(Frozen):
+    """Where the tokens come from."""
+
+    source: Literal["fashion", "imagenet"] = "fashion"
+    folder: str | None = None
+    """Folder of the four Fashion-MNIST IDX files, or of an image token set; the subset inside the package when empty."""
+    tokenizer: str = "fashion-8x8"
+    """Name of the image tokenizer whose codes are the tokens."""
+    train_images: int | None = Field(None, ge=1)
+    """Use the first so many training images (balanced over classes); all when empty."""
+    flip: bool = True
+    """Store the mirrored view of each training image too; each draw takes one view."""
+
+
+class OptimConfig(Frozen):
+    """AdamW as LlamaGen trains with it."""
+
+    lr: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_images: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.05, ge=0)
+    """Applied to tensors of two or more dimensions."""
+    clip: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+    ema: float = Field(0.9999, ge=0, lt=1)
+    """Upper bound of the decay of the weights' moving average; 0 keeps none."""
+
+
+class RunConfig(Frozen):
+    """One training run, fully resolved."""
+
+    recipe: str
+    scale: str
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    model: GPTConfig = GPTConfig()
+    policy: OrderPolicy = FixedOrder()
+    optim: OptimConfig = OptimConfig()
+    images: int = Field(ge=1)
+    """Training length, in images seen."""
+    batch: int = Field(256, ge=1)
+    """Global batch, in images."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Images of one forward pass on one process; the gradient accumulates over the rest of the batch."""
+    target_when: Literal["random-samples", "while-ratio-positive", "always"] = "random-samples"
+    """Which samples are told their target's position: those in a random order, all while any may be random, or all (RAR's code)."""
+    class_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of labels replaced by the null class, for guidance."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Autocast type of the matrix products; weights and residual stream stay fp32."""
+    compile: bool = False
+    """Compile each block (worth it on a GPU)."""
+    validate_every: int = Field(0, ge=0)
+    """Images between two validations; 0 validates at the end only."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Images between two checkpoints for resuming; 0 keeps the last only."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> RunConfig:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        return self
+
+    @property
+    def steps(self) -> int:
+        return -(-self.images // self.batch)
+
+    @property
+    def phase_ends(self) -> dict[str, int]:
+        """Where a phase of an annealed run ends, in images seen: its weights are kept under that name."""
+        if not isinstance(self.policy, AnnealedOrder):
+            return {}
+        return {"random-end": round(self.policy.start * self.images), "anneal-end": round(self.policy.end * self.images)}
+
+
+class SampleConfig(Frozen):
+    """How a row's images are generated."""
+
+    order: str = "raster"
+    images: int = Field(5000, ge=1)
+    guidance: float = Field(2.0, ge=0)
+    """Classifier-free guidance scale: uncond + s (cond - uncond); 1 or less is plain conditional sampling."""
+    guidance_schedule: Literal["none", "linear", "power-cosine"] = "none"
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    """Keep the k largest logits; 0 keeps all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    sampler: Literal["kv-cache", "full-forward"] = "kv-cache"
+    target: bool | None = None
+    """Feed the target embedding; as trained when empty."""
+    labels: Literal["balanced", "iid"] = "balanced"
+    batch: int = Field(250, ge=1)
+    """Images generated at a time; changes nothing but speed and memory."""
+    seed: int = Field(0, ge=0)

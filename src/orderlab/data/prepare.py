@@ -1,0 +1,107 @@
+"""From a data config to its token sets: made from the images on first use, found again afterwards.
+
+The cache folder's name holds the tokenizer's hash and everything else that changes the tokens, so a new tokenizer or subset
+never meets old tokens.
+"""
+
+# B batch · P grid position · N images · H, W image height and width
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from orderlab.config import DataConfig
+from orderlab.data.fashion import ASSETS, Split, first_of_each_class, load_fashion, to_uint8, to_unit_range
+from orderlab.data.tokens import TokenMeta, TokenSet, write_token_set
+from orderlab.errors import UserError
+from orderlab.models.vq import VQ, load_vq, tokenizer_hash
+
+ENCODE_BATCH = 125  # with channels last, the fastest here: 1.5 times the plain layout at 500
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+@lru_cache(maxsize=4)
+def tokenizer(name: str) -> VQ:
+    """The image tokenizer called `name`: shipped with the package, or a file (ours, or LlamaGen's `vq_ds16_c2i.pt`)."""
+    shipped = ASSETS / f"vq-{name}.safetensors"
+    file = shipped if shipped.exists() else Path(name)
+    if not file.exists():
+        known = ", ".join(sorted(p.stem.removeprefix("vq-") for p in ASSETS.glob("vq-*.safetensors")))
+        raise UserError(f"unknown tokenizer '{name}'; expected one of {known} or a weight file (train one: orderlab tokenizer train)")
+    return load_vq(file).eval().to(memory_format=torch.channels_last)  # pyrefly: ignore
+
+
+def token_sets(data: DataConfig, grid: tuple[int, int], cache: Path) -> tuple[TokenSet, TokenSet]:
+    """(training, validation) token sets of a data config, made under `cache` when they are not there yet."""
+    if data.source == "imagenet":
+        if data.folder is None:
+            raise UserError("ImageNet tokens need data.folder: a folder with the token sets train/ and validation/")
+        sets = TokenSet(Path(data.folder) / "train"), TokenSet(Path(data.folder) / "validation")
+    else:
+        folder = cache / _cache_name(data)
+        if not all((folder / split / "meta.json").exists() for split in SPLITS):
+            _encode_fashion(data, folder)
+        sets = TokenSet(folder / "train"), TokenSet(folder / "validation")
+    for token_set in sets:
+        if token_set.meta.grid != grid:
+            found, expected = ("x".join(map(str, g)) for g in (token_set.meta.grid, grid))
+            raise UserError(f"{token_set.folder} holds {found} tokens; the model's grid is {expected}")
+    return sets
+
+
+def decode(vq: VQ, tokens_NP: np.ndarray | torch.Tensor, batch: int = 250) -> np.ndarray:
+    """Tokens [N, P] in grid space to uint8 images [N, H, W] (grey) or [N, H, W, 3]."""
+    tokens = torch.as_tensor(np.asarray(tokens_NP, dtype=np.int64))
+    with torch.inference_mode():
+        return np.concatenate([to_uint8(vq.decode(part)) for part in tokens.split(batch)])
+
+
+def fashion_images(data: DataConfig, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """(images uint8 [N, 32, 32], labels [N]) of one split of a fashion config."""
+    images, labels = load_fashion(split, Path(data.folder) if data.folder else None)
+    if split == "train" and data.train_images is not None:
+        rows = first_of_each_class(labels, data.train_images // (int(labels.max()) + 1))
+        images, labels = images[rows], labels[rows]
+    return images, labels
+
+
+def _cache_name(data: DataConfig) -> str:
+    parts = [
+        data.folder or "embedded",
+        data.train_images or "all",
+        "flip" if data.flip else "plain",
+        tokenizer_hash(tokenizer(data.tokenizer)),
+    ]
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:8]
+    return f"{data.source}-{Path(data.tokenizer).stem}-{digest}"
+
+
+def _encode_fashion(data: DataConfig, folder: Path) -> None:
+    vq = tokenizer(data.tokenizer)
+    for split in SPLITS:
+        images, labels = fashion_images(data, split)
+        views = {"original": images, "flip": images[:, :, ::-1]} if data.flip and split == "train" else {"original": images}
+        tokens_NVP = np.stack([_encode(vq, view) for view in views.values()], axis=1)
+        side = round(tokens_NVP.shape[-1] ** 0.5)
+        meta = TokenMeta(
+            tokenizer=data.tokenizer,
+            tokenizer_hash=tokenizer_hash(vq),
+            grid=(side, side),
+            vocabulary=vq.config.codebook_size,
+            classes=int(labels.max()) + 1,
+            images=len(images),
+            views=list(views),
+            source=f"Fashion-MNIST, {split}, {data.folder or 'subset in the package'}",
+        )
+        write_token_set(folder / split, tokens_NVP, labels, meta)
+
+
+def _encode(vq: VQ, images: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        parts = (vq.encode(to_unit_range(images[start : start + ENCODE_BATCH])) for start in range(0, len(images), ENCODE_BATCH))
+        return np.concatenate([part.numpy() for part in parts])

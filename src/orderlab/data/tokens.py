@@ -1,0 +1,104 @@
+"""Token sets on disk, and the stateless order in which training reads them.
+
+A token set is a folder: `tokens.npy` (uint16 [images, views, P], memory-mapped), `labels.npy` (int32 [images]) and
+`meta.json` (tokenizer and its hash, grid, vocabulary, classes, source). Reading keeps no state: the global batch is a
+function of (seed, images seen), so a resumed or re-sharded run reads the same images in the same order.
+"""
+
+# B batch · P grid position
+
+from __future__ import annotations
+
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from orderlab.config import Frozen
+from orderlab.errors import UserError
+from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.keys import generator
+
+
+class TokenMeta(Frozen):
+    """What a token set is made of."""
+
+    tokenizer: str
+    tokenizer_hash: str
+    grid: tuple[int, int]
+    vocabulary: int
+    classes: int
+    images: int
+    views: list[str]
+    source: str
+
+
+class TokenSet:
+    """An opened token set; raises `UserError` when a file is missing, damaged or does not fit the others."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.meta = TokenMeta.model_validate(read_json(self.folder / "meta.json"))
+        except ValidationError as error:
+            raise UserError(f"{self.folder / 'meta.json'} is no token set description ({error.errors()[0]['msg']})") from None
+        positions = self.meta.grid[0] * self.meta.grid[1]
+        self.tokens = _open_array(self.folder / "tokens.npy", np.uint16, (self.meta.images, len(self.meta.views), positions))
+        self.labels = _open_array(self.folder / "labels.npy", np.int32, (self.meta.images,))
+
+    def __len__(self) -> int:
+        return self.meta.images
+
+    def read(self, indices: np.ndarray, views: np.ndarray | int = 0) -> tuple[Tensor, Tensor]:
+        """(labels_B, tokens_BP) of the given images and views, in grid space."""
+        tokens_BP = torch.from_numpy(self.tokens[indices, views].astype(np.int64))
+        if len(indices) and int(tokens_BP.max()) >= self.meta.vocabulary:
+            raise UserError(
+                f"{self.folder / 'tokens.npy'} holds code {int(tokens_BP.max())}, the vocabulary has {self.meta.vocabulary}; tokenize the images again"
+            )
+        return torch.from_numpy(self.labels[indices].astype(np.int64)), tokens_BP
+
+    def batch(self, seed: int, images_seen: int, count: int) -> tuple[Tensor, Tensor]:
+        """The global batch that follows `images_seen`: each epoch is one permutation, each draw takes one random view."""
+        places = np.arange(images_seen, images_seen + count)
+        epochs, offsets = np.divmod(places, len(self))
+        indices = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = _epoch_permutation(seed, int(epoch), len(self))[offsets[here]]
+        views = torch.randint(len(self.meta.views), (count,), generator=generator("view", seed, images_seen))
+        return self.read(indices, views.numpy())
+
+
+@lru_cache(maxsize=3)
+def _epoch_permutation(seed: int, epoch: int, images: int) -> np.ndarray:
+    return torch.randperm(images, generator=generator("data", seed, epoch)).numpy()
+
+
+def _open_array(file: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; tokenize the images again") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{file} is damaged ({str(error)[:100]}); delete the folder and tokenize the images again") from None
+    if array.dtype != dtype or array.shape != shape:
+        raise UserError(f"{file} holds {array.dtype} {list(array.shape)}; meta.json says {np.dtype(dtype)} {list(shape)}")
+    return array
+
+
+def write_token_set(folder: Path, tokens_NVP: np.ndarray, labels_N: np.ndarray, meta: TokenMeta) -> TokenSet:
+    """Write a whole token set; the folder appears only when complete."""
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    np.save(temporary / "tokens.npy", tokens_NVP.astype(np.uint16))
+    np.save(temporary / "labels.npy", labels_N.astype(np.int32))
+    write_json(temporary / "meta.json", meta.model_dump())
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return TokenSet(folder)

@@ -1,0 +1,157 @@
+"""`orderlab score`: the metrics of a run's sample sets, each number with its network, sample count, reference and hashes.
+
+At the scale of Fashion-MNIST a weak tokenizer can hide the GPT, so every set is measured against two references: the real
+validation images ("FD-fashion") and the decoded validation tokens ("FD-tok", which isolates the GPT); the tokenizer's own
+reconstruction stands beside them.
+"""
+
+# N images · P grid position
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orderlab.config import RunConfig
+from orderlab.data.prepare import decode, fashion_images, token_sets, tokenizer
+from orderlab.errors import UserError
+from orderlab.evaluate.features import FashionFeatures, Features
+from orderlab.evaluate.metrics import frechet_distance_from_features, frechet_standard_error, inception_score, moments
+from orderlab.evaluate.neighbours import precision_recall
+from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.run import RunFolder, code_version
+from orderlab.sampling.sample import SampleSet
+
+NEIGHBOURS = 3
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured number and everything it depends on."""
+
+    metric: str
+    value: float
+    standard_error: float | None
+    n: int
+    n_reference: int | None
+    network: str
+    weights_hash: str
+    reference: str
+    reference_hash: str
+    protocol: str
+    code: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features that samples are measured against."""
+
+    name: str
+    features: Features
+    hash: str
+
+
+@dataclass(frozen=True)
+class References:
+    """The two references of a data config, and the network they were seen with."""
+
+    network: FashionFeatures
+    real: Reference
+    tokens: Reference
+
+
+def run(run_dir: str | Path, *, samples: list[str] | None = None) -> dict[str, Any]:
+    """Score a run's sample sets (all, or the named ones) into `scores.json`; those already scored are kept as they are."""
+    folder = RunFolder(run_dir)
+    names = samples if samples is not None else sorted(p.parent.name for p in folder.samples.glob("*/sample.json"))
+    if not names:
+        raise UserError(f"{folder.root} has no samples to score; run orderlab sample first")
+    scores: dict[str, Any] = read_json(folder.scores) if folder.scores.exists() else {}
+    missing = [name for name in names if name not in scores]
+    if missing:
+        config = folder.config()
+        references = _references(config, folder.root.parent.parent / "tokens")
+        scores.setdefault("tokenizer", [asdict(record) for record in score_reconstruction(references)])
+        for name in missing:
+            sample_set = SampleSet(folder.samples / name)
+            images = decode(tokenizer(config.data.tokenizer), sample_set.tokens_NP)
+            records = score_images(images, sample_set.classes_N, references)
+            scores[name] = {**sample_set.meta, "records": [asdict(record) for record in records]}
+            write_json(folder.scores, scores)
+    return {name: scores[name] for name in names}
+
+
+def score_images(images: np.ndarray, classes_N: np.ndarray, references: References) -> list[Record]:
+    """All metrics of uint8 images [N, 32, 32] whose intended classes are known."""
+    features = references.network(images)
+    real, tokens = references.real, references.tokens
+    score = inception_score(features.logits)
+    neighbours = precision_recall(real.features.pool, features.pool, k=NEIGHBOURS)
+    agrees_N = features.logits.argmax(1) == classes_N
+    agreement = float(agrees_N.mean())
+    rows = [
+        ("FD-fashion", *_frechet(features.pool, real.features.pool), real),
+        ("FD-tok", *_frechet(features.pool, tokens.features.pool), tokens),
+        ("sFD-fashion", *_frechet(features.spatial, real.features.spatial), real),
+        ("IS-fashion", score.mean, score.se, None),
+        ("precision (fashion)", neighbours.precision, neighbours.precision_se, real),
+        ("recall (fashion)", neighbours.recall, neighbours.recall_se, real),
+        ("label agreement", agreement, (agreement * (1 - agreement) / len(agrees_N)) ** 0.5, None),
+    ]
+    return [_record(references.network, len(images), *row) for row in rows]
+
+
+def score_reconstruction(references: References) -> list[Record]:
+    """The tokenizer's own Fréchet distance: decoded validation tokens against the images they came from."""
+    real, tokens = references.real.features, references.tokens.features
+    value, error = _frechet(tokens.pool, real.pool)
+    return [_record(references.network, len(tokens), "FD-fashion (reconstruction)", value, error, references.real)]
+
+
+def _frechet(samples_ND: np.ndarray, reference_MD: np.ndarray) -> tuple[float, float]:
+    reference = moments(reference_MD)
+    return frechet_distance_from_features(samples_ND, reference_MD), frechet_standard_error(
+        samples_ND, reference.mean, reference.covariance
+    )
+
+
+def _record(network: FashionFeatures, n: int, metric: str, value: float, error: float | None, reference: Reference | None) -> Record:
+    return Record(
+        metric=metric,
+        value=float(value),
+        standard_error=None if error is None else float(error),
+        n=n,
+        n_reference=len(reference.features) if reference else None,
+        network=network.name,
+        weights_hash=network.weights_hash,
+        reference=reference.name if reference else "none",
+        reference_hash=reference.hash if reference else "",
+        protocol="float64, uint8 images by clamp(127.5 x + 128), precision and recall k=3 in fp32",
+        code=code_version(),
+    )
+
+
+@lru_cache(maxsize=2)
+def _references(config: RunConfig, cache: Path) -> References:
+    """The references of a run's data; made once per process."""
+    if config.data.source != "fashion":
+        raise UserError("scoring ImageNet samples needs an Inception reference, which this version does not read; score a fashion run")
+    network = FashionFeatures()
+    images, _ = fashion_images(config.data, "validation")
+    _, validation = token_sets(config.data, config.model.grid, cache)
+    _, tokens_NP = validation.read(np.arange(len(validation)))
+    decoded = decode(tokenizer(config.data.tokenizer), tokens_NP)
+    return References(
+        network=network,
+        real=Reference(f"{len(images)} validation images", network(images), _hash(images)),
+        tokens=Reference(f"{len(decoded)} decoded validation images", network(decoded), _hash(decoded)),
+    )
+
+
+def _hash(images: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()[:16]

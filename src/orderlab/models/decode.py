@@ -1,0 +1,158 @@
+"""The KV-cache decoder: one token per row and step, for any order, on the trunk's own weights.
+
+A key is cached already rotated by its own grid position, so an order known one step ahead costs exactly what raster costs:
+nothing in the cache depends on what comes later. It must equal the trunk's full forward; a test holds it to that.
+
+A step has few rows, so it is bound by reading the weights and, on a CPU, by the number of operations (each one large enough
+to be split over threads wakes them all). Hence: w1 and w3 in one product, residuals added inside a product, one complex
+multiply for RoPE on q, k and v, no copy of the cache, attention over the live slots only, logits of the last slot only.
+`orderlab bench sample` measures the result against the machine's floor.
+"""
+
+# R rows (images, twice that under guidance) · T generation step (slot) · D width · H heads · K head dim · V codebook
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from orderlab.models.gpt import GPT
+from orderlab.models.transformer import Block, RMSNorm, rope_table
+
+FEW_ROWS, SOME_ROWS, MANY_ROWS = 4, 16, 32
+WIDE = 4  # a weight with more than so many outputs an input
+
+
+class Matrix:
+    """A weight [out, in] laid out for products with exactly R rows: x W^T and x + h W^T.
+
+    Three ways, decided by device, type, shape and R alone, each the fastest where it is used (measured in docs/results.md):
+    "rows" is `F.linear`; "packed" is MKL's prepacked copy, bound to R; "features" is W x^T on an x whose features lie
+    outermost in memory, a layout that elementwise operations keep.
+    """
+
+    def __init__(self, weight: Tensor, rows: int):
+        self.weight, self.rows, self.way = weight, rows, way_for(weight, rows)
+        if self.way == "packed":
+            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        if self.way == "features":
+            return torch.mm(self.weight, x_RD.t()).t()
+        if self.way == "packed":
+            return torch.ops.mkl._mkl_linear(x_RD.contiguous(), self.packed, self.weight, None, self.rows)
+        return F.linear(x_RD, self.weight)
+
+    def add_to(self, x_RD: Tensor, h_RD: Tensor) -> None:
+        """x += h W^T in place."""
+        if self.way == "features":
+            x_RD.t().addmm_(self.weight, h_RD.t())
+        elif self.way == "packed":
+            x_RD.add_(self(h_RD))
+        else:
+            x_RD.addmm_(h_RD, self.weight.t())
+
+
+def way_for(weight: Tensor, rows: int) -> str:
+    if weight.is_cuda or (weight.dtype == torch.float32 and rows <= FEW_ROWS):
+        return "rows"
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkl.is_available():
+        return "features"
+    is_wide = weight.shape[0] > WIDE * weight.shape[1]
+    return "packed" if rows >= MANY_ROWS or (rows >= SOME_ROWS and is_wide) else "features"
+
+
+class DecoderBlock:
+    """A block's weights, laid out for R rows."""
+
+    def __init__(self, block: Block, rows: int):
+        ffn = block.feed_forward
+        self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
+        self.wqkv, self.wo = Matrix(block.attention.wqkv.weight, rows), Matrix(block.attention.wo.weight, rows)
+        self.w13, self.w2 = Matrix(torch.cat([ffn.w1.weight, ffn.w3.weight]), rows), Matrix(ffn.w2.weight, rows)
+
+
+class KVCache:
+    """Keys and values of one generation, [2, R, H, T, K] per layer, allocated once; slots beyond `length` are never read."""
+
+    def __init__(self, model: GPT, rows: int):
+        config, weight = model.config, model.norm.weight
+        shape = (2, rows, config.heads, config.positions, config.head_dim)
+        self.layers = [weight.new_empty(shape) for _ in range(config.layers)]
+        self.length = 0
+
+    def fill_for_timing(self, length: int) -> None:
+        """Pretend that `length` slots were written, with ones: a step then costs what it costs there."""
+        for layer in self.layers:
+            layer.fill_(1.0)
+        self.length = length
+
+
+class CachedDecoder:
+    """Steps through one generation: `step(tokens_R)` takes the tokens just drawn and answers the next logits [R, V]."""
+
+    def __init__(self, model: GPT, classes_R: Tensor, order_RT: Tensor, target: bool | None):
+        self.model, self.classes_R, self.order_RT, self.target = model, classes_R, order_RT, target
+        config, rows = model.config, len(classes_R)
+        self.steps = order_RT.shape[1]
+        self.blocks = [DecoderBlock(block, rows) for block in model.layers if isinstance(block, Block)]
+        self.output = Matrix(model.output.weight, rows)
+        self.cache = KVCache(model, rows)
+        table = rope_table(config.grid, config.head_dim, config.rope_base, model.rope_dtype, order_RT.device)
+        self.rotations = torch.view_as_complex(table)
+
+    def step(self, tokens_R: Tensor | None) -> Tensor:
+        """Logits of the next slot. The first call (None) feeds the class, later ones the token of the step before."""
+        model, t = self.model, self.cache.length
+        x_RD = model.cls_embedding(self.classes_R) if tokens_R is None else model.tok_embeddings(tokens_R)
+        ta_RTD = model.target_rows(self.order_RT[:, t : t + 1], self.target)
+        if ta_RTD is not None:
+            x_RD = x_RD + ta_RTD[:, 0]
+        if self.blocks[0].w2.way == "features":
+            x_RD = x_RD.t().contiguous().t()
+        rotation_R31K = self._rotation(t)
+        for block, cache_2RHTK in zip(self.blocks, self.cache.layers):
+            attended_RD = self._attend(block, normalise(block.attention_norm, x_RD), rotation_R31K, cache_2RHTK)
+            block.wo.add_to(x_RD, attended_RD)
+            gate_RD, up_RD = block.w13(normalise(block.ffn_norm, x_RD)).chunk(2, dim=-1)
+            block.w2.add_to(x_RD, F.silu(gate_RD).mul_(up_RD))
+        self.cache.length += 1
+        logits_RV = self.output(normalise(model.norm, x_RD))
+        return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+
+    def _rotation(self, t: int) -> Tensor:
+        """One complex factor for q, k and v at once: q's carries the softmax scale, v's is one."""
+        slots_R = torch.zeros_like(self.classes_R) if t == 0 else 1 + self.order_RT[:, t - 1]
+        rotation_RK = self.rotations[slots_R]
+        scale = self.model.config.head_dim**-0.5
+        return torch.stack([rotation_RK * scale, rotation_RK, torch.ones_like(rotation_RK)], dim=1)[:, :, None]
+
+    def _attend(self, block: DecoderBlock, h_RD: Tensor, rotation_R31K: Tensor, cache_2RHTK: Tensor) -> Tensor:
+        """Write this slot's key and value, then attend over the slots written so far (no mask: all of them precede)."""
+        rows, t, heads = len(h_RD), self.cache.length, self.model.config.heads
+        qkv = block.wqkv(h_RD).to(self.model.rope_dtype, memory_format=torch.contiguous_format).contiguous()
+        pairs = qkv.view(rows, 3, heads, -1, 2)
+        qkv_R3HK = torch.view_as_real(torch.view_as_complex(pairs) * rotation_R31K).flatten(-2)
+        cache_2RHTK[:, :, :, t] = qkv_R3HK[:, 1:].transpose(0, 1)
+        keys, values = cache_2RHTK[:, :, :, : t + 1]
+        return attend_one(qkv_R3HK[:, 0].type_as(h_RD), keys, values)
+
+
+def normalise(norm: RMSNorm, x_RD: Tensor) -> Tensor:
+    """RMSNorm with the sum of squares in one pass over x, keeping x's memory layout."""
+    wide = x_RD.to(torch.promote_types(x_RD.dtype, torch.float32))
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().mul_(1 / x_RD.shape[-1])
+    return (wide * mean_square.add_(norm.eps).rsqrt_()).type_as(x_RD) * norm.weight
+
+
+def attend_one(q_RHK: Tensor, keys_RHTK: Tensor, values_RHTK: Tensor) -> Tensor:
+    """One query per row, already scaled, over the live slots: [R, H · K].
+
+    NOTE: batched products win in fp32 on the CPU; in bf16 they are several times slower than SDPA.
+    """
+    rows = len(q_RHK)
+    if q_RHK.is_cuda or q_RHK.dtype not in (torch.float32, torch.float64):
+        return F.scaled_dot_product_attention(q_RHK[:, :, None], keys_RHTK, values_RHTK, scale=1.0).reshape(rows, -1)
+    q, k, v = q_RHK.reshape(-1, 1, q_RHK.shape[-1]), keys_RHTK.flatten(0, 1), values_RHTK.flatten(0, 1)
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).view(rows, -1)

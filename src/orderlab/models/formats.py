@@ -1,0 +1,118 @@
+"""Weight files in and out: our safetensors, and LlamaGen's `.pt` and `.safetensors`.
+
+A checkpoint is read strictly. Only what is known to be no weight is dropped (LlamaGen's RoPE table and KV caches), prefixes
+of DDP and of `torch.compile` are stripped, and both are reported. Sizes come from the shapes; heads and grid, which shapes
+cannot tell, come from the header or from the LlamaGen preset of that width and depth.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from orderlab.config import GPTConfig
+from orderlab.errors import UserError
+from orderlab.models.gpt import GPT, PRESETS
+from orderlab.models.weights import load_state, read_pickle, read_safetensors, save_weights, without_prefixes
+
+WRAPPER_KEYS = ("model", "module", "state_dict")  # DDP, DeepSpeed, Lightning; else the file is the state dict (FSDP)
+log = logging.getLogger("orderlab")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """Tensors by name, the string header, and the names that were dropped."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+    dropped: list[str]
+
+
+def read_weights(file: str | Path) -> WeightFile:
+    """Read a checkpoint of any supported format. Raises `UserError` for a missing, truncated or foreign file."""
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"checkpoint {file} does not exist; expected a .safetensors, .pt or .pth file")
+    tensors, header = read_safetensors(file, "checkpoint") if file.suffix == ".safetensors" else (_state_dict(file), {})
+    dropped = [name for name in tensors if name == "freqs_cis" or ".kv_cache." in name]
+    return WeightFile({name: tensor for name, tensor in tensors.items() if name not in dropped}, header, dropped)
+
+
+def _state_dict(file: Path) -> dict[str, Tensor]:
+    content = read_pickle(file, "checkpoint")
+    if isinstance(content, dict):
+        content = next((content[k] for k in WRAPPER_KEYS if isinstance(content.get(k), dict)), content)
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise UserError(f"checkpoint {file} holds no tensors; expected a state dict, bare or under one of {', '.join(WRAPPER_KEYS)}")
+    return without_prefixes(tensors)
+
+
+def load_gpt(file: str | Path, *, heads: int | None = None, grid: tuple[int, int] | None = None) -> GPT:
+    """Load a GPT from our export or from a LlamaGen checkpoint; returns it in eval mode, fp32, on the CPU.
+
+    `heads` and `grid` are needed only where neither the header nor a LlamaGen preset tells them; `grid` overrides a preset
+    (the 384-pixel models share their shapes with the 256-pixel ones). Raises `UserError` for a file that does not fit.
+    """
+    weights = read_weights(file)
+    if weights.dropped:
+        log.info("%s: dropped %d entries that are no weights (%s, ...)", file, len(weights.dropped), weights.dropped[0])
+    config = _config_from_header(weights, file) or _config_from_shapes(weights, file, heads, grid)
+    model = GPT(config, device="meta").to_empty(device="cpu")
+    load_state(model, weights.tensors, file)
+    return model.eval()
+
+
+def _config_from_header(weights: WeightFile, file: str | Path) -> GPTConfig | None:
+    if "orderlab.model" not in weights.header:
+        return None
+    try:
+        return GPTConfig.model_validate_json(weights.header["orderlab.model"])
+    except ValidationError as error:
+        raise UserError(f"checkpoint {file}: its header holds a config this version cannot read ({error.errors()[0]['msg']})") from None
+
+
+def _config_from_shapes(weights: WeightFile, file: str | Path, heads: int | None, grid: tuple[int, int] | None) -> GPTConfig:
+    tensors, header = weights.tensors, weights.header
+    needed = ("cls_embedding.embedding_table.weight", "tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
+    absent = [name for name in needed if name not in tensors or tensors[name].dim() != 2]
+    if absent:
+        raise UserError(f"checkpoint {file} is no class-conditional LlamaGen GPT: key {absent[0]} is missing or no matrix")
+    vocabulary, dim = tensors["tok_embeddings.weight"].shape
+    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+    preset = next((p for p in PRESETS.values() if (p.dim, p.layers) == (dim, layers)), None)
+    heads = heads or int(header.get("n_head", preset.heads if preset else 0))
+    side = int(header.get("block_size", 256 if preset else 0)) ** 0.5
+    grid = grid or (int(side), int(side))
+    if not heads or not grid[0]:
+        raise UserError(f"checkpoint {file}: {layers} layers of width {dim} match no LlamaGen preset; pass heads= and grid=(height, width)")
+    try:
+        return GPTConfig(
+            layers=layers,
+            heads=heads,
+            dim=dim,
+            grid=grid,
+            vocabulary=vocabulary,
+            classes=tensors["cls_embedding.embedding_table.weight"].shape[0] - 1,
+            ffn_hidden=tensors["layers.0.feed_forward.w1.weight"].shape[0],
+            target_embedding="ta_embedding.weight" in tensors,
+            **{ours: float(header[theirs]) for ours, theirs in LLAMAGEN_DROPOUTS.items() if theirs in header},
+        )
+    except ValidationError as error:
+        raise UserError(f"checkpoint {file}: {error.errors()[0]['msg']}") from None
+
+
+LLAMAGEN_DROPOUTS = {"token_dropout": "token_dropout_p", "residual_dropout": "resid_dropout_p", "ffn_dropout": "ffn_dropout_p"}
+
+
+def save_gpt(model: GPT, file: str | Path, *, state: dict[str, Tensor] | None = None, header: Mapping[str, object] | None = None) -> None:
+    """Write weights (of the model, or `state` in its place) and config as safetensors, atomically."""
+    metadata = {"orderlab.model": model.config.model_dump_json()}
+    metadata |= {f"orderlab.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in (header or {}).items()}
+    save_weights(file, state or model.state_dict(), metadata)

@@ -1,0 +1,147 @@
+"""The class-conditional image GPT of LlamaGen (2406.06525), generating in any order.
+
+The input slots are [class, x_o0, ..., x_o(T-2)]: slot j predicts the token at position order[j], and carries the RoPE row
+of its own input token, order[j-1]; the class slot's row is zero. Raster order is LlamaGen to the digit: names, layout and
+values of its state dict. The optional target-aware table (RAR, 2411.00776) adds ta[order[j]] to slot j, so that two orders
+with the same prefix and different next positions are different inputs.
+The model never draws anything but dropout: orders, label drops and tokens are arguments.
+"""
+
+# B batch · P grid position · T generation step (slot) · V codebook · D width
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from orderlab.config import GPTConfig
+from orderlab.errors import UserError
+from orderlab.models.transformer import Block, RMSNorm, rope_table
+from orderlab.order.perm import rows_at
+
+PRESETS: dict[str, GPTConfig] = {
+    "GPT-B": GPTConfig(layers=12, heads=12, dim=768),  # 110,888,448 parameters with 1000 classes
+    "GPT-L": GPTConfig(layers=24, heads=16, dim=1024),  # 342,910,976
+    "GPT-XL": GPTConfig(layers=36, heads=20, dim=1280),  # 774,699,520
+    "GPT-XXL": GPTConfig(layers=48, heads=24, dim=1536),  # 1,410,972,672
+}
+
+
+class ClassEmbedding(nn.Module):
+    """One row per class and one, the last, for the null class of guidance."""
+
+    def __init__(self, classes: int, dim: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, dim)
+
+    def forward(self, classes_B: Tensor) -> Tensor:
+        return self.embedding_table(classes_B)
+
+
+class GPT(nn.Module):
+    """`model(classes_B, tokens_BT, order_BT) -> logits_BTV`: logits[:, j] predict the token at position order[:, j].
+
+    `tokens_BT` are in step space and hold all T tokens; the last is never an input. T may be shorter than the grid: the
+    prefix of a generation. `order` is [T] or [B, T]. `target` feeds the target-aware table: True, False, a BoolTensor [B]
+    (per sample), or None for what the config says of inference.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 0, device: str | torch.device = "cpu"):
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.cls_embedding = ClassEmbedding(config.classes, config.dim)
+            self.tok_embeddings = nn.Embedding(config.vocabulary, config.dim)
+            if config.target_embedding:
+                self.ta_embedding = nn.Embedding(config.positions, config.dim)
+            self.tok_dropout = nn.Dropout(config.token_dropout)
+            self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+            self.output = nn.Linear(config.dim, config.vocabulary, bias=False)
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            self.init_weights(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """N(0, 0.02) for every matrix and table, ones for norms, zeros for the output head and the target table."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            elif name in ("output.weight", "ta_embedding.weight"):
+                parameter.zero_()
+            else:
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+
+    @property
+    def null_class(self) -> int:
+        return self.config.classes
+
+    def forward(self, classes_B: Tensor, tokens_BT: Tensor, order_BT: Tensor, *, target: bool | Tensor | None = None) -> Tensor:
+        return self.head(self.hidden(classes_B, tokens_BT, order_BT, target=target))
+
+    def hidden(self, classes_B: Tensor, tokens_BT: Tensor, order_BT: Tensor, *, target: bool | Tensor | None = None) -> Tensor:
+        """The final-norm hidden state of every slot: [B, T, D]."""
+        order_BT = order_BT.expand_as(tokens_BT)
+        h_BTD = self.embed(classes_B, tokens_BT[:, :-1], order_BT, target)
+        rope_BTK2 = self.rope(order_BT[:, :-1], h_BTD.device)
+        for layer in self.layers:
+            h_BTD = layer(h_BTD, rope_BTK2)
+        return self.norm(h_BTD)
+
+    def head(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits over the codebook, in fp32 (or wider)."""
+        logits_BTV = self.output(hidden_BTD)
+        return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+
+    def embed(self, classes_B: Tensor, inputs_BT: Tensor, order_BT: Tensor, target: bool | Tensor | None) -> Tensor:
+        """Input slots [class, tokens], the target table added before the dropout. `order_BT` has one step more than `inputs_BT`."""
+        h_BTD = torch.cat([self.cls_embedding(classes_B)[:, None], self.tok_embeddings(inputs_BT)], dim=1)
+        ta_BTD = self.target_rows(order_BT, target)
+        return self.tok_dropout(h_BTD if ta_BTD is None else h_BTD + ta_BTD)
+
+    def target_rows(self, positions_BT: Tensor, target: bool | Tensor | None) -> Tensor | None:
+        """The target table's rows for slots that predict `positions_BT`; None where it is not fed."""
+        use = self.config.target_at_inference if target is None else target
+        if use is False:
+            return None
+        if not self.config.target_embedding:
+            raise UserError(
+                "target=True, but this model has no target embedding; train one with target_embedding=True or pass target=False"
+            )
+        ta_BTD = self.ta_embedding(positions_BT)
+        return ta_BTD if use is True else torch.where(use[:, None, None], ta_BTD, 0.0)
+
+    def rope(self, positions_BT: Tensor, device: torch.device) -> Tensor:
+        """RoPE rows of the slots [class, tokens at positions_BT]: [B, 1 + T, K/2, 2]."""
+        table = rope_table(self.config.grid, self.config.head_dim, self.config.rope_base, self.rope_dtype, device)
+        return rows_at(table, F.pad(positions_BT + 1, (1, 0)))
+
+    @property
+    def rope_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.norm.weight.dtype, torch.float32)
+
+    def check_classes(self, classes_B: Tensor) -> None:
+        """Refuse classes the model does not know; the null class is one it knows."""
+        if classes_B.dim() != 1 or len(classes_B) == 0:
+            raise UserError(f"classes have shape {tuple(classes_B.shape)}; expected [B] with at least one image")
+        low, high = int(classes_B.min()), int(classes_B.max())
+        if low < 0 or high > self.null_class:
+            raise UserError(f"classes reach from {low} to {high}; the model knows 0 to {self.null_class}")
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off inside, and as it was afterwards."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())

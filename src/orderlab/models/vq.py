@@ -1,0 +1,275 @@
+"""The image tokenizer: LlamaGen's VQ autoencoder (Sun et al., 2024, after VQGAN, Esser et al., 2021) with its sizes as parameters.
+
+An encoder of residual blocks maps an image to a grid of low-dimensional vectors; each is replaced by the nearest row of a codebook, both on
+the unit sphere; a decoder of the same blocks maps the rows back. Attention stands at the lowest resolution only. State-dict names are those
+of LlamaGen's files, so VQ-16 loads as it was released. Departures: `codebook_used`, a running buffer of the training code, does not exist
+(it is dropped on load), and the lookup runs in float32 whatever the autocast.
+
+B batch · C channels · h, w token grid · P = h * w grid position, row by row · D codebook width · V codebook size
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from orderlab.config import Frozen
+from orderlab.errors import UserError
+from orderlab.models.vq_blocks import AttentionBlock, Level, ResnetBlock
+from orderlab.models.weights import load_state, read_pickle, read_safetensors, save_weights, weights_hash, without_prefixes
+
+log = logging.getLogger("orderlab")
+
+
+class VQConfig(Frozen):
+    """Sizes of a tokenizer; the defaults are LlamaGen's VQ-16."""
+
+    in_channels: int = Field(default=3, ge=1)
+    """image channels"""
+    ch: int = Field(default=128, ge=1)
+    """channels of the first level"""
+    ch_mult: tuple[int, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1)
+    """channels of each level as multiples of `ch`; each level but the last halves the resolution"""
+    res_blocks: int = Field(default=2, ge=1)
+    """residual blocks a level in the encoder; the decoder has one more"""
+    z_channels: int = Field(default=256, ge=1)
+    """channels between encoder and codebook"""
+    codebook_size: int = Field(default=16384, ge=2)
+    """number of codes, V"""
+    codebook_dim: int = Field(default=8, ge=1)
+    """width of a code, D"""
+    groups: int = Field(default=32, ge=1)
+    """groups of every group norm; must divide every level's channels"""
+    commitment: float = Field(default=0.25, ge=0)
+    """weight of the commitment loss in training"""
+
+    @model_validator(mode="after")
+    def _groups_divide_channels(self) -> "VQConfig":
+        if any(self.ch * mult % self.groups for mult in self.ch_mult):
+            raise ValueError(f"groups {self.groups} must divide the channels of every level, {[self.ch * m for m in self.ch_mult]}")
+        return self
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along the side of a token."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+PRESETS: dict[str, VQConfig] = {
+    #                                                                                                                       parameters
+    "vq-16": VQConfig(),  #                                                                                                 71,883,403
+    "vq-8": VQConfig(ch_mult=(1, 2, 2, 4)),  #                                                                              70,109,835
+    "fashion-8x8": VQConfig(in_channels=1, ch=16, ch_mult=(1, 2, 4), res_blocks=1, z_channels=64, codebook_size=512, groups=8),
+    "fashion-16x16": VQConfig(in_channels=1, ch=32, ch_mult=(1, 2), res_blocks=1, z_channels=64, codebook_size=512, groups=8),
+}
+
+
+class Quantised(NamedTuple):
+    """What the codebook makes of a grid of vectors."""
+
+    latents: Tensor
+    """[B,D,h,w] unit codebook rows; the gradient passes straight through to the encoder"""
+    codes: Tensor
+    """[B,h*w] int64, row by row"""
+    loss: Tensor
+    """codebook loss plus weighted commitment loss"""
+
+
+def _middle(channels: int, groups: int) -> nn.ModuleList:
+    before = ResnetBlock(channels, channels, groups)
+    attention = AttentionBlock(channels, groups)
+    return nn.ModuleList([before, attention, ResnetBlock(channels, channels, groups)])
+
+
+class Encoder(nn.Module):
+    """[B,in_channels,H,W] -> [B,z_channels,h,w]."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [config.ch * mult for mult in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(before, width, config.res_blocks, config.groups, i == last, "down" if i < last else None)
+            for i, (before, width) in enumerate(zip([config.ch, *widths], widths))
+        )
+        self.mid = _middle(widths[-1], config.groups)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for layer in (*self.conv_blocks, *self.mid):
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """[B,z_channels,h,w] -> [B,in_channels,H,W]."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [config.ch * mult for mult in reversed(config.ch_mult)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0], config.groups)
+        self.conv_blocks = nn.ModuleList(
+            Level(before, width, config.res_blocks + 1, config.groups, i == 0, "up" if i < last else None)
+            for i, (before, width) in enumerate(zip([widths[0], *widths], widths))
+        )
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for layer in (*self.mid, *self.conv_blocks):
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager:
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()  # the meta device has none
+
+
+class Codebook(nn.Module):
+    """V unit vectors of width D. The rows are stored as trained and normalised at every use, as LlamaGen does."""
+
+    def __init__(self, size: int, dim: int, commitment: float):
+        super().__init__()
+        self.embedding = nn.Embedding(size, dim)
+        self.commitment = commitment
+        nn.init.uniform_(self.embedding.weight, -1.0, 1.0)
+
+    def rows(self) -> Tensor:
+        """The unit codebook, float32 [V,D]."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def nearest(self, vectors: Tensor, chunk: int = 4096) -> Tensor:
+        """Codes int64 [N] of unit vectors [N,D]: the highest cosine; `chunk` bounds the memory at chunk * V floats."""
+        with _without_autocast(vectors), torch.no_grad():
+            rows = self.rows().T
+            return torch.cat([(part.float() @ rows).argmax(1) for part in vectors.split(chunk)])
+
+    def forward(self, latents: Tensor) -> Quantised:
+        with _without_autocast(latents):
+            unit = F.normalize(latents.float(), dim=1)
+            vectors = unit.permute(0, 2, 3, 1).flatten(0, 2)
+            codes = self.nearest(vectors)
+            chosen = self.rows()[codes]
+            loss = F.mse_loss(chosen, vectors.detach()) + self.commitment * F.mse_loss(vectors, chosen.detach())
+            chosen = chosen.view(len(latents), *latents.shape[2:], -1).permute(0, 3, 1, 2)
+            return Quantised(unit + (chosen - unit).detach(), codes.view(len(latents), -1), loss)
+
+
+class VQ(nn.Module):
+    """The tokenizer: images in [-1,1] to codes and back."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Codebook(config.codebook_size, config.codebook_dim, config.commitment)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+
+    def extra_repr(self) -> str:
+        return f"downsampling {self.config.downsampling}, {self.config.codebook_size} codes of width {self.config.codebook_dim}"
+
+    def pre_quant(self, images: Tensor) -> Tensor:
+        """Images [B,C,H,W] in [-1,1] -> latents [B,D,h,w] before normalisation and lookup."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Unit vectors [B,D,h,w] -> images [B,C,H,W], nominally in [-1,1], not clamped."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B,C,H,W] in [-1,1] -> codes int64 [B,P]. H and W must be multiples of `config.downsampling`."""
+        unit = F.normalize(self.pre_quant(images).float(), dim=1)
+        return self.quantize.nearest(unit.permute(0, 2, 3, 1).flatten(0, 2)).view(len(images), -1)
+
+    def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Codes [B,P] of any integer dtype -> images [B,C,H,W]; without `grid` = (h,w) the token grid is square."""
+        if grid is None:
+            side = round(codes.shape[1] ** 0.5)
+            grid = (side, side)
+        if grid[0] * grid[1] != codes.shape[1]:
+            raise UserError(
+                f"{codes.shape[1]} tokens do not fill a {grid[0]}x{grid[1]} grid: expected {grid[0] * grid[1]} tokens or another grid"
+            )
+        latents = self.quantize.rows()[codes.long()].view(len(codes), *grid, -1).permute(0, 3, 1, 2).contiguous()
+        return self.decode_latents(latents.to(self.post_quant_conv.weight.dtype))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantised]:
+        """Reconstruct for training: images [B,C,H,W] -> (reconstructions [B,C,H,W], what the codebook did)."""
+        quantised = self.quantize(self.pre_quant(images))
+        return self.decode_latents(quantised.latents), quantised
+
+
+def tokenizer_hash(model: VQ) -> str:
+    """What names a tokenizer in the data made with it: 16 hex digits of its weights."""
+    return weights_hash(model.state_dict())
+
+
+def save_vq(path: Path, model: VQ, header: Mapping[str, str] | None = None) -> None:
+    """Write a tokenizer with its config in the header; `header` adds entries, for example how it was trained."""
+    own = {"config": model.config.model_dump_json(), "tokenizer_hash": tokenizer_hash(model)}
+    save_weights(path, model.state_dict(), {**(header or {}), **own})
+
+
+def load_vq(path: Path, config: VQConfig | None = None, weights: Literal["model", "ema"] = "model") -> VQ:
+    """Read a frozen tokenizer in eval mode, float32, strictly: every name and every shape must agree.
+
+    `path` is a safetensors file of ours, or a `.pt` of LlamaGen, whose config is found among `PRESETS` by its shapes when none is given.
+    A training checkpoint may hold two tokenizers: `weights` chooses, and a log line tells that the other is there. Raises UserError.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        state, config = _read_ours(path, config)
+    else:
+        state = _read_llamagen(path, weights)
+    state.pop("quantize.codebook_used", None)  # LlamaGen's usage counter of training
+    config = config or _matching_preset(state)
+    with torch.device("meta"):
+        model = VQ(config)
+    model = model.to_empty(device="cpu")
+    load_state(model, state, path, "tokenizer")
+    return model.eval().requires_grad_(False)
+
+
+def _read_ours(path: Path, config: VQConfig | None) -> tuple[dict[str, Tensor], VQConfig]:
+    state, header = read_safetensors(path, "tokenizer")
+    try:
+        return state, config or VQConfig.model_validate(json.loads(header["config"]))
+    except (KeyError, json.JSONDecodeError, ValidationError):
+        raise UserError(f"tokenizer {path} has no config in its header; expected a file of `orderlab tokenizer train`") from None
+
+
+def _read_llamagen(path: Path, weights: Literal["model", "ema"]) -> dict[str, Tensor]:
+    content = read_pickle(path, "tokenizer")
+    found = [key for key in ("model", "ema", "state_dict") if isinstance(content, dict) and isinstance(content.get(key), dict)]
+    key = "state_dict" if weights == "model" and found == ["state_dict"] else weights
+    if key not in found:
+        raise UserError(f"tokenizer {path} holds no {weights!r} weights (found: {', '.join(found) or 'none'})")
+    if {"model", "ema"} <= set(found):
+        log.warning("%s holds both 'model' and 'ema' weights, two different tokenizers: took %r", path, key)
+    return without_prefixes(content[key])
+
+
+def _matching_preset(state: Mapping[str, Tensor]) -> VQConfig:
+    """The preset with these names; where there is none, VQ-16, so that the strict load names the first difference."""
+    for config in PRESETS.values():
+        with torch.device("meta"):
+            expected = VQ(config).state_dict()
+        if expected.keys() == state.keys() and all(expected[name].shape == state[name].shape for name in expected):
+            return config
+    return PRESETS["vq-16"]

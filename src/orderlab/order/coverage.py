@@ -1,0 +1,48 @@
+"""Neighbour coverage: how much of its 8-neighbourhood a token already sees when it is generated.
+
+The study's explanation of why raster is easy for a causal model: at step 32 of a 16×16 grid raster has 34.8 % of the
+neighbours generated, a random order 5-6 % (its Section 2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from orderlab.errors import UserError
+from orderlab.order.perm import as_batch, rank, to_steps
+
+OFFSETS = [(dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr, dc) != (0, 0)]
+
+
+def coverage(order: Tensor, height: int, width: int, steps: int) -> float:
+    """Mean over the first `steps` tokens of (existing 8-neighbours already generated) / (existing 8-neighbours).
+
+    Each token is judged at the moment it is generated; a cell without neighbours counts 0. `order` is [P].
+    """
+    if not 1 <= steps <= height * width:
+        raise UserError(f"steps is {steps}; a {height}x{width} grid has steps 1 to {height * width}")
+    return float(coverage_curve(order, height, width)[steps - 1])
+
+
+def coverage_curve(order: Tensor, height: int, width: int) -> Tensor:
+    """Coverage after 1, 2, ..., P steps: float64 [P]."""
+    positions = height * width
+    order_BT = as_batch(order, 1, positions)
+    rank_HW = rank(order_BT).view(height, width)
+    known_HW = torch.zeros(height, width, dtype=torch.float64)
+    existing_HW = torch.zeros(height, width, dtype=torch.float64)
+    for dr, dc in OFFSETS:
+        here = (slice(max(0, -dr), height - max(0, dr)), slice(max(0, -dc), width - max(0, dc)))
+        there = (slice(max(0, dr), height - max(0, -dr)), slice(max(0, dc), width - max(0, -dc)))
+        existing_HW[here] += 1
+        known_HW[here] += rank_HW[there] < rank_HW[here]
+    share_BP = (known_HW / existing_HW.clamp(min=1)).view(1, positions)
+    steps_T = torch.arange(1, positions + 1, dtype=torch.float64)
+    return to_steps(share_BP, order_BT)[0].cumsum(0) / steps_T
+
+
+def expected_random_coverage(height: int, width: int, steps: int) -> float:
+    """The expectation of `coverage` over uniform random orders: (steps - 1) / 2 / (P - 1), where neighbours exist."""
+    positions = height * width
+    return 0.0 if positions == 1 else (steps - 1) / 2 / (positions - 1)

@@ -1,0 +1,191 @@
+"""Fixed paths over an H×W grid: the order in which an image's tokens are generated.
+
+A path is a Tensor `order` of length P = H·W: `order[t]` is the grid position (row·W + column) generated at step t.
+The first ten are the orders of the study this package implements; z-curve, hilbert, multiscale and halton go beyond it.
+Every path is defined by formula, for any H and W, because the literature's names are not: "alternate" and "spiral in"
+mean different scans in different papers. To add an order, write a function (height, width) -> positions and name it in `PATHS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orderlab.errors import UserError
+
+Cells = Iterable[tuple[int, int]]
+
+
+def raster(height: int, width: int) -> Cells:
+    """Rows top to bottom, each left to right."""
+    return ((r, c) for r in range(height) for c in range(width))
+
+
+def reverse(height: int, width: int) -> Cells:
+    """Raster backwards."""
+    return reversed(list(raster(height, width)))
+
+
+def column_major(height: int, width: int) -> Cells:
+    """Columns left to right, each top to bottom."""
+    return ((r, c) for c in range(width) for r in range(height))
+
+
+def zigzag(height: int, width: int) -> Cells:
+    """Boustrophedon: even rows left to right, odd rows right to left (RAR calls it "alternate")."""
+    return ((r, c if r % 2 == 0 else width - 1 - c) for r in range(height) for c in range(width))
+
+
+def diagonal(height: int, width: int) -> Cells:
+    """Anti-diagonals r + c ascending, within one by ascending r."""
+    return sorted(raster(height, width), key=lambda cell: (cell[0] + cell[1], cell[0]))
+
+
+def stride_2(height: int, width: int) -> Cells:
+    """The four sub-grids (0,0), (0,1), (1,0), (1,1) of even and odd rows and columns, each in raster order."""
+    return sorted(raster(height, width), key=lambda cell: (cell[0] % 2, cell[1] % 2))
+
+
+def spiral(height: int, width: int) -> Cells:
+    """Clockwise inwards from the top-left corner."""
+    top, left, bottom, right = 0, 0, height - 1, width - 1
+    while top <= bottom and left <= right:
+        yield from ((top, c) for c in range(left, right + 1))
+        yield from ((r, right) for r in range(top + 1, bottom + 1))
+        if top < bottom:
+            yield from ((bottom, c) for c in range(right - 1, left - 1, -1))
+        if left < right:
+            yield from ((r, left) for r in range(bottom - 1, top, -1))
+        top, left, bottom, right = top + 1, left + 1, bottom - 1, right - 1
+
+
+def center_spiral(height: int, width: int) -> Cells:
+    """From the centre outwards: right, down, left, up with arms 1, 1, 2, 2, 3, 3, ..., skipping what lies outside."""
+    r, c = (height - 1) // 2, (width - 1) // 2
+    yield r, c
+    visited, arm, direction = 1, 0, 0
+    steps = ((0, 1), (1, 0), (0, -1), (-1, 0))
+    while visited < height * width:
+        dr, dc = steps[direction % 4]
+        for _ in range(arm // 2 + 1):
+            r, c = r + dr, c + dc
+            if 0 <= r < height and 0 <= c < width:
+                visited += 1
+                yield r, c
+        arm, direction = arm + 1, direction + 1
+
+
+def z_curve(height: int, width: int) -> Cells:
+    """Morton order: by the interleaved bits of row and column, the row's bit first."""
+
+    def morton(cell: tuple[int, int]) -> int:
+        return sum(((cell[0] >> b & 1) << 2 * b + 1) | ((cell[1] >> b & 1) << 2 * b) for b in range(max(height, width).bit_length()))
+
+    return sorted(raster(height, width), key=morton)
+
+
+def hilbert(height: int, width: int) -> Cells:
+    """Hilbert curve on the enclosing 2^k square from the top-left corner, positions outside the grid skipped."""
+    side = 1 << (max(height, width) - 1).bit_length()
+
+    def distance(cell: tuple[int, int]) -> int:
+        (y, x), total, s = cell, 0, side // 2
+        while s:
+            right, below = int(x & s > 0), int(y & s > 0)
+            total += s * s * ((3 * right) ^ below)
+            if not below:
+                x, y = (side - 1 - y, side - 1 - x) if right else (y, x)
+            s //= 2
+        return total
+
+    return sorted(raster(height, width), key=distance)
+
+
+def multiscale(height: int, width: int) -> Cells:
+    """Coarse to fine: strides from the largest power of two down to 1, each level's new positions in raster order."""
+
+    def level(cell: tuple[int, int]) -> int:
+        bits = cell[0] | cell[1]
+        return -(bits & -bits) if bits else -(2 * max(height, width))
+
+    return sorted(raster(height, width), key=level)
+
+
+def halton(height: int, width: int) -> Cells:
+    """First visits of the Halton sequence from index 0: base 2 gives the row, base 3 the column (Halton-MaskGIT, 2503.17076)."""
+    seen: dict[tuple[int, int], None] = {}
+    index = 0
+    while len(seen) < height * width:
+        indices = np.arange(index, index + 1024)
+        seen.update(dict.fromkeys(zip(_radical_inverse_cells(indices, 2, height), _radical_inverse_cells(indices, 3, width))))
+        index += 1024
+    return seen
+
+
+def _radical_inverse_cells(indices: np.ndarray, base: int, cells: int) -> list[int]:
+    """floor(cells · radical inverse), in integers so that no cell edge is rounded."""
+    numerator, denominator, rest = np.zeros_like(indices), 1, indices.copy()
+    while rest.any():
+        rest, digit = np.divmod(rest, base)
+        numerator, denominator = numerator * base + digit, denominator * base
+    return (numerator * cells // denominator).tolist()
+
+
+PATHS: dict[str, Callable[[int, int], Cells]] = {
+    "raster": raster,
+    "zigzag": zigzag,
+    "diagonal": diagonal,
+    "stride-2": stride_2,
+    "spiral": spiral,
+    "column-major": column_major,
+    "center-spiral": center_spiral,
+    "reverse": reverse,
+    "z-curve": z_curve,
+    "hilbert": hilbert,
+    "multiscale": multiscale,
+    "halton": halton,
+}
+ORDER_NAMES = (*PATHS, "random")
+
+
+def path(name: str, height: int, width: int, seed: int = 0) -> Tensor:
+    """The order called `name` on a height×width grid.
+
+    `name` is one of `ORDER_NAMES`; "random" is `numpy.random.RandomState(seed).permutation(P)`, the same on every machine,
+    and "random:7" is "random" with seed 7. Returns a LongTensor [P] of grid positions by generation step.
+    Raises `UserError` for an unknown name (with the nearest one) or an empty grid.
+    """
+    if height < 1 or width < 1:
+        raise UserError(f"grid {height}x{width} is empty; expected at least 1x1")
+    base, seed = parse_order_name(name, seed)
+    if base == "random":
+        return torch.from_numpy(np.random.RandomState(seed).permutation(height * width))
+    return torch.tensor([r * width + c for r, c in PATHS[base](height, width)])
+
+
+def parse_order_name(name: str, seed: int = 0) -> tuple[str, int]:
+    """Split "random:7" into ("random", 7); raise `UserError` for a name that is no order."""
+    base, _, suffix = name.partition(":")
+    if base == "random" and re.fullmatch(r"\d*", suffix):
+        seed = int(suffix or seed)
+        if seed >= 2**32:
+            raise UserError(f"order '{name}': a random order's seed is below 2^32")
+        return base, seed
+    if name not in PATHS:
+        near = difflib.get_close_matches(name, ORDER_NAMES, n=1, cutoff=0.4)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise UserError(f"unknown order '{name}'; {hint}known orders: {', '.join(ORDER_NAMES)} (random:SEED for another seed)")
+    return base, seed
+
+
+def parse_grid(text: str) -> tuple[int, int]:
+    """Read "16x16" as (16, 16)."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or "0" in match.groups():
+        raise UserError(f"grid '{text}' is not HEIGHTxWIDTH; expected for example 16x16")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,62 @@
+"""The only place that gathers, scatters or sorts by an order.
+
+Grid space (P) and step space (T) are both P long, so no shape check tells them apart: names do.
+`order_BT[b, t]` is the position generated at step t, `rank_BP[b, p]` the step that generates position p.
+"""
+
+# B batch · P grid position · T generation step
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from orderlab.errors import UserError
+
+
+def to_steps(values_BP: Tensor, order_BT: Tensor) -> Tensor:
+    """Grid space to step space: result[b, t] = values[b, order[b, t]]."""
+    return values_BP.gather(1, order_BT)
+
+
+def to_grid(values_BT: Tensor, order_BT: Tensor) -> Tensor:
+    """Step space to grid space: result[b, order[b, t]] = values[b, t]."""
+    return torch.empty_like(values_BT).scatter_(1, order_BT, values_BT)
+
+
+def rank(order_BT: Tensor) -> Tensor:
+    """The inverse permutation: the step that generates each position."""
+    steps_T = torch.arange(order_BT.shape[1], device=order_BT.device)
+    return to_grid(steps_T.expand_as(order_BT).contiguous(), order_BT)
+
+
+def rows_at(table_PX: Tensor, positions: Tensor) -> Tensor:
+    """Rows of a per-position table at the given positions, any shape of `positions`."""
+    return table_PX[positions]
+
+
+def random_orders(count: int, positions: int, generator: torch.Generator) -> Tensor:
+    """`count` independent uniform permutations [count, positions], in one vectorised draw.
+
+    Sorting float64 uniforms: two equal keys among 256 have probability below 1e-11, so no bias is measurable.
+    """
+    return torch.rand(count, positions, dtype=torch.float64, generator=generator).argsort(dim=1)
+
+
+def as_batch(order: Tensor, batch: int, positions: int) -> Tensor:
+    """Check an order [P] or [B, P] and expand it to [batch, P].
+
+    Raises `UserError` when the shape does not fit the grid or a row is not a permutation.
+    """
+    order = torch.as_tensor(order)
+    if order.dtype.is_floating_point or order.dtype == torch.bool or order.dim() not in (1, 2):
+        raise UserError(f"order has shape {tuple(order.shape)} and type {order.dtype}; expected integers [P] or [B, P]")
+    if order.shape[-1] != positions:
+        raise UserError(f"order has {order.shape[-1]} positions; the model's grid has {positions}")
+    if order.dim() == 2 and order.shape[0] not in (1, batch):
+        raise UserError(f"order has {order.shape[0]} rows for a batch of {batch}; expected [P] or [{batch}, P]")
+    order = order.long()
+    rows = order.reshape(-1, positions)
+    if not torch.equal(rows.sort(dim=1).values, torch.arange(positions, device=order.device).expand_as(rows)):
+        raise UserError(f"order is not a permutation: every position 0..{positions - 1} must appear exactly once")
+    return rows.expand(batch, -1)

@@ -1,0 +1,79 @@
+"""What a person sees while a verb works: bars with ETA on a terminal, plain one-line logs elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_LINES = 10
+
+
+class Console:
+    """Lines and one progress bar at a time; `say` may be called while a bar runs."""
+
+    def __init__(self, quiet: bool = False):
+        self.rich = RichConsole(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self.is_terminal = self.rich.is_terminal
+
+    def say(self, line: str = "") -> None:
+        self.rich.print(line, markup=False)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Bar]:
+        if not self.is_terminal:
+            yield PlainBar(self, title, total)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.rich, transient=True) as progress:
+            yield RichBar(progress, title, total)
+
+
+class Bar(Protocol):
+    """A task under way: `update(done, note)`."""
+
+    def update(self, done: int, note: str = "") -> None: ...
+
+
+class RichBar:
+    """A bar on a terminal."""
+
+    def __init__(self, progress: Progress, title: str, total: int):
+        self.rich, self.title = progress, title
+        self.task = progress.add_task(title, total=total)
+
+    def update(self, done: int, note: str = "") -> None:
+        self.rich.update(self.task, completed=done, description=f"{self.title} {note}".rstrip())
+
+
+class PlainBar:
+    """About ten lines a task, each with its ETA."""
+
+    def __init__(self, console: Console, title: str, total: int):
+        self.console, self.title, self.total = console, title, total
+        self.start, self.printed = time.perf_counter(), 0
+        self.first: int | None = None
+
+    def update(self, done: int, note: str = "") -> None:
+        if self.first is None:
+            self.first = done if done < self.total else 0
+        tenth = done * PLAIN_LINES // max(1, self.total)
+        if tenth <= self.printed:
+            return
+        self.printed = tenth
+        seconds = time.perf_counter() - self.start
+        fresh = done - self.first
+        eta = f" · ETA {seconds * (self.total - done) / fresh:.0f} s" if fresh > 0 and done < self.total else ""
+        self.console.say(f"{self.title} · {done:,}/{self.total:,} · {seconds:.0f} s{eta}{' · ' + note if note else ''}")

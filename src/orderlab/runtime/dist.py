@@ -1,0 +1,77 @@
+"""One process or many: rank, device, process group and autocast, from the environment that `torchrun` sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from orderlab.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, count: int) -> slice:
+        """This process's rows of a global batch."""
+        if count % self.size:
+            raise UserError(f"a batch of {count} images does not divide over {self.size} processes; choose a multiple of {self.size}")
+        share = count // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over processes; `value` itself when alone."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """True on every process when it is true on one."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(tensor)
+        return bool(tensor)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """Join the process group that `torchrun` announced (nccl with GPUs, gloo without), or be alone."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    joins = size > 1 and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("nccl" if has_gpu else "gloo")
+    try:
+        yield World(rank, size, device)
+    finally:
+        if joins:
+            dist.destroy_process_group()
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """bf16 matrix products under autocast, or nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()

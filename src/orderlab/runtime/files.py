@@ -1,0 +1,44 @@
+"""Files that are either the old content or the new one, never half of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from orderlab.errors import UserError
+
+
+def write_atomically(file: Path, content: bytes | str) -> None:
+    """Write beside the target, flush to disk, then rename over it: a kill or a full disk leaves the previous file whole."""
+    file = Path(file)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as handle:
+            handle.write(content.encode() if isinstance(content, str) else content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(
+            f"cannot write {file}: {error.strerror or error}; the previous file is unchanged, free some space or pick another folder"
+        ) from None
+
+
+def write_json(file: Path, content: Any) -> None:
+    write_atomically(file, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file; a missing or damaged one is a `UserError`."""
+    try:
+        return json.loads(Path(file).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON ({error}); delete it to make it again") from None

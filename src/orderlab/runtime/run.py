@@ -1,0 +1,165 @@
+"""The run folder: one training run, its config, environment, log, metrics, checkpoints, samples and scores.
+
+`runs/<recipe>@<scale>/seed<k>/` belongs to one config for ever: the same command there goes on where it stopped, another
+config is refused with the difference. A lock keeps two processes from writing into one folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from orderlab.config import RunConfig
+from orderlab.errors import UserError
+from orderlab.runtime.files import read_json, write_json
+
+
+class RunFolder:
+    """Paths and small records of one run."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self.checkpoints = self.root / "checkpoints"
+        self.samples = self.root / "samples"
+        self.metrics = self.root / "metrics.jsonl"
+        self.scores = self.root / "scores.json"
+
+    def create(self, config: RunConfig) -> RunFolder:
+        """Make the folder, or check that it belongs to this very config; record the environment."""
+        file = self.root / "config.json"
+        if file.exists():
+            difference = config_difference(read_json(file), config.model_dump(mode="json"))
+            if difference:
+                raise UserError(f"{self.root} was made with another config ({difference}); use the same settings or another --runs folder")
+        else:
+            write_json(file, config.model_dump(mode="json"))
+        write_json(self.root / "env.json", environment())
+        return self
+
+    def config(self) -> RunConfig:
+        file = self.root / "config.json"
+        if not file.exists():
+            raise UserError(
+                f"{self.root} is no run folder: config.json is missing; train first, or name a folder such as runs/raster-300@demo/seed0"
+            )
+        try:
+            return RunConfig.model_validate(read_json(file))
+        except ValidationError as error:
+            raise UserError(f"{file} does not fit this version ({error.errors()[0]['loc']}: {error.errors()[0]['msg']})") from None
+
+    def status(self) -> dict[str, Any]:
+        """{"state": "new" | "training" | "stopped" | "failed" | "trained", "images": n, ...}"""
+        file = self.root / "status.json"
+        return read_json(file) if file.exists() else {"state": "new", "images": 0}
+
+    def set_status(self, state: str, images: int, **more: Any) -> None:
+        write_json(self.root / "status.json", {"state": state, "images": images, **more})
+
+    def records(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, all or of one kind; a line cut by a kill is skipped."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return [r for r in records if kind is None or r.get("kind") == kind]
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder against other processes; the lock dies with the process."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / ".lock", "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.root} is in use by another process; wait for it or choose another --runs folder") from None
+            yield
+
+
+def config_difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
+    """The differing knobs as one line: "optim.lr: found 0.001, asked 0.002"."""
+    flat_found, flat_asked = _flatten(found), _flatten(asked)
+    names = sorted(set(flat_found) | set(flat_asked))
+    return "; ".join(
+        f"{name}: found {flat_found.get(name)}, asked {flat_asked.get(name)}"
+        for name in names
+        if flat_found.get(name) != flat_asked.get(name)
+    )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, item in value.items() for k, v in _flatten(item, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and code state, for the record."""
+    return {
+        "orderlab": version("orderlab"),
+        "git": code_version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores ({platform.machine()})"
+
+
+def code_version() -> str:
+    """The package version, with the git commit and "+dirty" when run from a checkout of it."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        try:
+            return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    commit = git("rev-parse", "--short", "HEAD") if git("ls-files", "--", str(here / "run.py")) else ""
+    dirty = "+dirty" if commit and git("status", "--porcelain", "--", str(here.parent)) else ""
+    return f"{version('orderlab')} ({commit}{dirty})" if commit else version("orderlab")
+
+
+class StopSignal:
+    """Turns the first SIGTERM or Ctrl-C into a flag; the loop saves and leaves. A second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        signal.signal(number, self._previous[number])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,66 @@
+"""From logits to a token: guidance, temperature, top-k, top-p, and one uniform through the inverse CDF.
+
+Convention of the whole package, as LlamaGen: uncond + s (cond - uncond) on raw logits, then temperature, top-k, top-p,
+softmax. A token is the first index whose cumulative probability exceeds its uniform, so a token is a function of the
+logits and one number, whatever the batch (a multinomial draw is slower at V = 16384 and its stream depends on the batch).
+"""
+
+# B batch · T generation step · V codebook
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from orderlab.errors import UserError
+
+GUIDANCE_SCHEDULES = ("none", "linear", "power-cosine")
+POWER = 2.75  # of the power-cosine schedule: RAR-B's value (2411.00776, Table 6)
+
+
+def guidance_scales(guidance: float, schedule: str, steps: int) -> list[float]:
+    """The guidance scale of each step.
+
+    none: constant. linear: from 1 to `guidance` with the share of tokens generated (MAR, RandAR).
+    power-cosine: 1 + (s - 1) · (1 - cos(pi (t / T)^2.75)) / 2 (RAR).
+    """
+    if schedule == "none":
+        return [guidance] * steps
+    if schedule == "linear":
+        return [1 + (guidance - 1) * t / steps for t in range(steps)]
+    if schedule == "power-cosine":
+        return [1 + (guidance - 1) * 0.5 * (1 - math.cos(math.pi * (t / steps) ** POWER)) for t in range(steps)]
+    raise UserError(f"unknown guidance schedule '{schedule}'; expected one of {', '.join(GUIDANCE_SCHEDULES)}")
+
+
+def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float) -> Tensor:
+    """uncond + s (cond - uncond) on raw logits (LlamaGen)."""
+    return torch.lerp(unconditional_BV, conditional_BV, scale)
+
+
+def keep_top(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set to -inf what top-k (ties at the k-th stay) and then top-p (the first is always kept) remove."""
+    if 0 < top_k < logits_BV.shape[-1]:
+        kth_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
+    if top_p < 1.0:
+        sorted_BV, index_BV = logits_BV.sort(dim=-1, descending=True)
+        probability_BV = sorted_BV.softmax(-1)
+        preceding_BV = probability_BV.cumsum(-1) - probability_BV
+        remove_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(-1, index_BV, preceding_BV > top_p)
+        logits_BV = logits_BV.masked_fill(remove_BV, -torch.inf)
+    return logits_BV
+
+
+def draw_tokens(logits_BV: Tensor, uniform_B: Tensor | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """One token per row [B]: the inverse CDF at `uniform_B` in [0, 1), or the argmax when it is None."""
+    if uniform_B is None:
+        return logits_BV.argmax(-1)
+    logits_BV = keep_top((logits_BV / temperature if temperature != 1.0 else logits_BV).contiguous(), top_k, top_p)
+    cdf_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).exp_().cumsum(-1)
+    total_B1 = cdf_BV[:, -1:]
+    # A threshold that rounds up to the total would point behind the last token.
+    threshold_B1 = (uniform_B[:, None].to(cdf_BV.dtype) * total_B1).minimum(torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    return torch.searchsorted(cdf_BV, threshold_B1, right=True)[:, 0]

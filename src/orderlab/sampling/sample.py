@@ -1,0 +1,129 @@
+"""`orderlab sample`: generate a run's images in one order into its samples folder, batch by batch.
+
+A sample set is a folder: `tokens.npy` (uint16 [N, P] in grid space), `classes.npy`, and `sample.json` (the settings, the
+checkpoint, seconds). Each finished batch is a file of its own until the set is whole, so a killed run loses one batch at
+most. Image i has its own seed; batches are dealt out over processes and change nothing.
+"""
+
+# N images · P grid position
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from orderlab.config import SampleConfig
+from orderlab.errors import UserError
+from orderlab.models.formats import load_gpt
+from orderlab.models.gpt import GPT
+from orderlab.order.paths import path
+from orderlab.runtime.dist import World, world
+from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.keys import generator, image_seeds
+from orderlab.runtime.run import RunFolder
+from orderlab.sampling.generate import generate
+
+
+class SampleSet:
+    """A finished sample set."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.meta = read_json(self.folder / "sample.json")
+        self.config = SampleConfig.model_validate(self.meta["config"])
+        try:
+            self.tokens_NP: np.ndarray = np.load(self.folder / "tokens.npy", allow_pickle=False)
+            self.classes_N: np.ndarray = np.load(self.folder / "classes.npy", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"sample set {self.folder} is damaged ({str(error)[:80]}); delete the folder and sample again") from None
+
+
+def sample_name(config: SampleConfig, checkpoint: str = "final") -> str:
+    """The folder name of a sample set: readable, and different for different settings."""
+    rest = config.model_dump(exclude={"order", "guidance", "sampler", "batch"})
+    digest = hashlib.sha256(repr((sorted(rest.items()), checkpoint)).encode()).hexdigest()[:6]
+    sampler = "" if config.sampler == "kv-cache" else f"-{config.sampler}"
+    return f"{config.order.replace(':', '')}-g{config.guidance:g}{sampler}-n{config.images}-{digest}"
+
+
+def sample_classes(config: SampleConfig, classes: int) -> np.ndarray:
+    """Class of each image: dealt out in turn, or drawn independently (LlamaGen's samplers)."""
+    if config.labels == "balanced":
+        return np.arange(config.images) % classes
+    return torch.randint(classes, (config.images,), generator=generator("sample-labels", config.seed)).numpy()
+
+
+def run(
+    config: SampleConfig,
+    run_dir: str | Path,
+    *,
+    checkpoint: str = "final",
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Generate the sample set of `config` from a run's checkpoint; returns its folder. Does nothing when it is there.
+
+    `progress(done, total)` is called after each batch. Raises `UserError` when the run has no such checkpoint.
+    """
+    folder = RunFolder(run_dir)
+    out = folder.samples / sample_name(config, checkpoint)
+    if (out / "sample.json").exists():
+        return out
+    weights = folder.checkpoints / f"{checkpoint}.safetensors"
+    if not weights.exists():
+        raise UserError(f"{weights} does not exist; train the run to its end first (its state is '{folder.status()['state']}')")
+    with world() as here:
+        model = load_gpt(weights).to(here.device)
+        seconds, timed = _sample_parts(model, config, out, here, progress or (lambda done, total: None))
+        here.barrier()
+        if here.is_main:
+            _join_parts(out, config, sample_classes(config, model.config.classes))
+            cost = {"seconds_per_image": seconds / timed if timed else None, "processes": here.size, "steps": model.config.positions}
+            write_json(out / "sample.json", {"config": config.model_dump(), "checkpoint": checkpoint, **cost})
+        here.barrier()
+    return out
+
+
+def _parts(config: SampleConfig) -> int:
+    return -(-config.images // config.batch)
+
+
+def _sample_parts(model: GPT, config: SampleConfig, out: Path, here: World, progress: Callable[[int, int], None]) -> tuple[float, int]:
+    """Generate this process's missing batches; returns the seconds it took and the images it was for."""
+    out.mkdir(parents=True, exist_ok=True)
+    classes_N = sample_classes(config, model.config.classes)
+    order = path(config.order, *model.config.grid)
+    options: dict[str, Any] = config.model_dump(
+        include={"guidance", "temperature", "top_k", "top_p", "sampler", "target", "guidance_schedule"}
+    )
+    seconds, timed = 0.0, 0
+    for part in range(here.rank, _parts(config), here.size):
+        file = out / f"part-{part:06d}.npy"
+        if not file.exists():
+            # The last batch is padded with images beyond the set, so that every batch has one shape.
+            indices = np.arange(part * config.batch, (part + 1) * config.batch)
+            classes_B = torch.from_numpy(classes_N[indices % config.images])
+            clock = time.perf_counter()
+            seeds = image_seeds(config.seed, range(indices[0], indices[-1] + 1))
+            tokens_BP = generate(model, classes_B, order, seeds=seeds, **options)
+            seconds, timed = seconds + time.perf_counter() - clock, timed + config.batch
+            kept = tokens_BP[: config.images - part * config.batch].cpu().numpy().astype(np.uint16)
+            temporary = file.with_suffix(".part")
+            with open(temporary, "wb") as handle:
+                np.save(handle, kept)
+            temporary.rename(file)
+        progress(min(config.images, (part + 1) * config.batch), config.images)
+    return seconds, timed
+
+
+def _join_parts(out: Path, config: SampleConfig, classes_N: np.ndarray) -> None:
+    parts = [out / f"part-{part:06d}.npy" for part in range(_parts(config))]
+    np.save(out / "tokens.npy", np.concatenate([np.load(part) for part in parts]))
+    np.save(out / "classes.npy", classes_N.astype(np.int32))
+    for part in parts:
+        part.unlink()

@@ -1,0 +1,221 @@
+"""The training loop: report, save, done?, step. It knows no model, only an objective (loss, batch, validation).
+
+Progress is counted in images seen. Batches, orders, label drops and the learning rate are functions of (seed, images seen);
+dropout alone uses the global stream, re-seeded before every micro-step from (seed, images seen, rank, micro-step). So the
+same command in the same folder goes on where it stopped, bit for bit on the same number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from orderlab.config import RunConfig
+from orderlab.data.prepare import token_sets
+from orderlab.errors import UserError
+from orderlab.runtime.checkpoint import load_state, save_state
+from orderlab.runtime.dist import World, autocast, world
+from orderlab.runtime.keys import key
+from orderlab.runtime.run import RunFolder, StopSignal
+from orderlab.training.objectives import Objective, objective_for
+from orderlab.training.optim import adamw, learning_rate, moving_average
+
+Report = Callable[[dict[str, Any]], None]
+REPORTS_PER_RUN = 200
+
+
+def run(config: RunConfig, run_dir: str | Path, *, cache: Path | None = None, report: Report | None = None) -> str:
+    """Train `config` in `run_dir` until done or told to stop; returns the state: "trained" or "stopped".
+
+    `cache` holds token sets made from images (default: `tokens/` beside the run's recipe folder). `report` receives each
+    record of metrics.jsonl as it is written. Raises `UserError` for a folder of another config or in use, and for a loss
+    that is not finite.
+    """
+    folder = RunFolder(run_dir)
+    with world() as here, folder.lock() if here.is_main else nullcontext():
+        if here.is_main:
+            token_sets(config.data, config.model.grid, cache or default_cache(folder))  # made once, found by the other processes
+            folder.create(config)
+        here.barrier()
+        objective = objective_for(config, cache or default_cache(folder), here.device)
+        return Trainer(config, folder, objective, here, report or (lambda record: None)).train()
+
+
+def default_cache(folder: RunFolder) -> Path:
+    """Token sets lie beside the recipes: runs/tokens."""
+    return folder.root.parent.parent / "tokens"
+
+
+class Trainer:
+    """The state of one run on one process: optimizer, moving average, images seen, and the sums between two reports."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, objective: Objective, here: World, report: Report):
+        self.config, self.folder, self.objective, self.here, self.report = config, folder, objective, here, report
+        self.model = objective.model
+        self.optimizer = adamw(self.model, config.optim)
+        self.ema = moving_average(self.model, config)
+        self.state_file = folder.checkpoints / "state.safetensors"
+        self.images = load_state(self.state_file, self.model, self.ema, self.optimizer) if self.state_file.exists() else 0
+        self.forward = self._wrapped()
+        self.rows = here.rows(config.batch)
+        micro = config.micro_batch or config.batch // here.size
+        self.micro_batch = min(micro, config.batch // here.size)
+        self.loss_sum = torch.zeros((), device=here.device, dtype=torch.float64)
+        self.bad_step = torch.full((), -1, device=here.device)
+        self.grad_norm = torch.zeros((), device=here.device)
+        self.steps_since_report, self.seconds, self.has_stepped = 0, 0.0, False
+
+    def _wrapped(self) -> nn.Module:
+        """Compile the blocks in place (the state dict keeps its names), then DDP."""
+        if self.config.compile:
+            for layer in getattr(self.model, "layers", []):
+                layer.compile()
+        if self.here.size == 1:
+            return self.model
+        return DistributedDataParallel(self.model, find_unused_parameters=self.config.model.target_embedding)
+
+    def train(self) -> str:
+        config = self.config
+        if self.images >= config.images and self.folder.status()["state"] == "trained":
+            return "trained"
+        self._rewind_metrics()
+        report_every = max(1, config.steps // REPORTS_PER_RUN)
+        with StopSignal() as stop:
+            while True:
+                is_done = self.images >= config.images
+                is_stopped = self.here.any(stop.received)
+                is_save = is_done or is_stopped or self._is_due(config.checkpoint_every)
+                if self.steps_since_report and (is_save or self.images // config.batch % report_every == 0):
+                    self._report_loss()
+                if self.has_stepped and (is_done or self._is_due(config.validate_every)):
+                    self._record({"kind": "validation", "images": self.images, **self.objective.validate()})
+                if self.has_stepped:
+                    self._keep_phase_ends()
+                if self.has_stepped and is_save:
+                    self._save()
+                if is_done:
+                    self._finish()
+                    return "trained"
+                if is_stopped:
+                    self._set_status("stopped")
+                    return "stopped"
+                self._step()
+
+    def _is_due(self, every: int) -> bool:
+        """True at the first step boundary at or past each multiple of `every` images."""
+        return every > 0 and self.images // every > (self.images - self.config.batch) // every
+
+    def _step(self) -> None:
+        """One optimizer step on one global batch: accumulate micro-batches, clip, update, average."""
+        config, here, clock = self.config, self.here, time.perf_counter()
+        batch = self.objective.batch(self.images)
+        local = batch.rows(self.rows, here.device)
+        share = self.rows.stop - self.rows.start
+        micro_steps = -(-share // self.micro_batch)
+        loss_sum = torch.zeros_like(self.loss_sum)
+        self.forward.train()
+        for micro_step in range(micro_steps):
+            torch.manual_seed(key("dropout", config.seed, self.images, here.rank, micro_step))
+            rows = slice(micro_step * self.micro_batch, (micro_step + 1) * self.micro_batch)
+            part = local.rows(rows, here.device)
+            is_last = micro_step == micro_steps - 1
+            with nullcontext() if is_last or not isinstance(self.forward, DistributedDataParallel) else self.forward.no_sync():
+                with autocast(config.precision, here.device):
+                    loss = self.objective.loss(self.forward, part) * (len(part.classes_B) / share)
+                loss.backward()
+            loss_sum += loss.detach()
+        grad_norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], config.optim.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.images)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self._note(loss_sum, grad_norm)
+        self.images += config.batch
+        self.seconds += time.perf_counter() - clock
+
+    def _note(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Remember the loss and the first step at which it or the gradient was not finite, without waiting for the device."""
+        step = self.images // self.config.batch
+        is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        self.bad_step = torch.where(is_bad & (self.bad_step < 0), step, self.bad_step)
+        self.loss_sum += loss
+        self.grad_norm = grad_norm
+        self.steps_since_report += 1
+        self.has_stepped = True
+
+    def _report_loss(self) -> None:
+        self._stop_on_nan()
+        steps = self.steps_since_report
+        loss = float(self.here.mean(self.loss_sum / steps))
+        self._record(
+            {
+                "kind": "train",
+                "images": self.images,
+                "loss": loss,
+                "grad_norm": float(self.grad_norm),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "seconds": self.seconds,
+                "images_per_second": steps * self.config.batch / self.seconds,
+                **self.objective.logs(self.images - self.config.batch),
+            }
+        )
+        self.loss_sum.zero_()
+        self.steps_since_report, self.seconds = 0, 0.0
+
+    def _stop_on_nan(self) -> None:
+        bad_step = int(self.bad_step)
+        if self.here.any(bad_step >= 0):
+            self._set_status("failed", reason=f"the loss was not finite at step {bad_step}")
+            raise UserError(
+                f"the loss or its gradient was not finite at step {bad_step} ({self.folder.root}); "
+                "the last checkpoint is whole: lower optim.lr or check the data, in a new --runs folder"
+            )
+
+    def _save(self) -> None:
+        self._stop_on_nan()
+        if self.here.is_main:
+            save_state(self.state_file, self.model, self.ema, self.optimizer, self.images)
+        self._set_status("training")
+
+    def _keep_phase_ends(self) -> None:
+        """Export the weights at the first step boundary at or past the end of a phase."""
+        for name, images in self.config.phase_ends.items():
+            if self.images - self.config.batch < images <= self.images:
+                self._stop_on_nan()
+                if self.here.is_main:
+                    self.objective.export(self.folder.checkpoints / f"{name}.safetensors", {"images": str(self.images)})
+
+    def _finish(self) -> None:
+        """Export the final weights, raw (the headline) and averaged."""
+        if self.here.is_main:
+            header = {"run": self.config.model_dump_json(), "images": str(self.images)}
+            self.objective.export(self.folder.checkpoints / "final.safetensors", header)
+            if self.ema is not None:
+                self.objective.export(self.folder.checkpoints / "final-ema.safetensors", header, self.ema.module.state_dict())
+        self._set_status("trained")
+
+    def _set_status(self, state: str, **more: Any) -> None:
+        if self.here.is_main:
+            self.folder.set_status(state, self.images, of=self.config.images, **more)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.here.is_main:
+            with open(self.folder.metrics, "a") as handle:
+                handle.write(json.dumps(record) + "\n")
+            self.report(record)
+
+    def _rewind_metrics(self) -> None:
+        """Forget records of steps that a killed process took after its last checkpoint."""
+        if self.here.is_main and self.folder.metrics.exists():
+            kept = [r for r in self.folder.records() if r["images"] <= self.images]
+            self.folder.metrics.write_text("".join(json.dumps(r) + "\n" for r in kept))

@@ -1,0 +1,54 @@
+"""What verbs share: configs from flags, and results for people or for programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from orderlab.errors import UserError
+
+RUNS = Path("runs")
+
+
+def validated(model: type[Any], values: dict[str, Any]) -> Any:
+    """A config from flags; what does not fit is named as the flag it came from."""
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][0]).replace("_", "-") if first["loc"] else "arguments"
+        raise UserError(f"--{flag}: {first['msg']} (got {first['input']!r})") from None
+
+
+def read_state(status: Path) -> str:
+    """What `list` says of a run's status file."""
+    try:
+        content = json.loads(status.read_text())
+        return content["state"] if content["state"] == "trained" else f"{content['state']} {content['images'] / content['of']:.0%}"
+    except (OSError, ValueError, KeyError):
+        return "-"
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def print_result(result: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+    else:
+        print(" · ".join(f"{name}: {value}" for name, value in result.items()))
+
+
+def print_cost(config: dict[str, Any], cost: dict[str, Any], as_json: bool) -> None:
+    """A dry run: the resolved config, then what it takes."""
+    if as_json:
+        print_json({"config": config, "cost": cost})
+        return
+    from orderlab.cost import readable
+
+    print_json(config)
+    print(readable(cost))

@@ -1,0 +1,191 @@
+"""Verbs of one run: train, sample, nll, score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orderlab import catalog
+from orderlab.verbs.output import RUNS, print_cost, print_json, print_result, validated
+
+
+def train(
+    row: str,
+    /,
+    scale: str = "toy",
+    seed: int = 0,
+    images: int | None = None,
+    lr: float | None = None,
+    batch: int | None = None,
+    micro_batch: int | None = None,
+    precision: str | None = None,
+    data: Path | None = None,
+    runs: Path = RUNS,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Train the run of a row; the same command again goes on where it stopped.
+
+    Args:
+        row: a run (raster-300) or a row (2-in100/zigzag) of the catalogue
+        scale: smoke, demo, toy, small, paper or paper-1k
+        seed: covers weights, data order, orders, label drops and dropout
+        images: training length in images seen
+        lr: learning rate
+        batch: global batch, in images
+        micro_batch: images of one forward pass; the gradient accumulates over the rest
+        precision: fp32 or bf16
+        data: folder of IDX files or of token sets
+        runs: where run folders lie
+        dry_run: print config, parameters, FLOPs, memory, disk and time; train nothing
+        json: print for programs
+    """
+    asked = {
+        "images": images,
+        "optim.lr": lr,
+        "batch": batch,
+        "micro_batch": micro_batch,
+        "precision": precision,
+        "data.folder": data and str(data),
+    }
+    config = catalog.resolve(catalog.run_named(row), scale, seed, **{name: value for name, value in asked.items() if value is not None})
+    if dry_run:
+        from orderlab.cost import training_cost
+
+        print_cost(config.model_dump(mode="json"), training_cost(config, catalog.scale_named(scale)), json)
+        return
+    from orderlab.runtime.console import Console
+    from orderlab.training import loop
+
+    folder = runs / f"{config.recipe}@{scale}" / f"seed{seed}"
+    console = Console(quiet=json)
+    with console.progress(f"train {config.recipe}", config.images) as bar:
+
+        def report(record: dict[str, Any]) -> None:
+            if record["kind"] == "train":
+                bar.update(record["images"], f"loss {record['loss']:.3f} · {record['images_per_second']:.0f} images/s")
+
+        state = loop.run(config, folder, cache=runs / "tokens", report=report)
+    print_result({"run": str(folder), "state": state}, json)
+
+
+def sample(
+    run: Path,
+    /,
+    order: str = "raster",
+    images: int = 1000,
+    guidance: float = 2.0,
+    guidance_schedule: str = "none",
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    sampler: str = "kv-cache",
+    labels: str = "balanced",
+    batch: int = 250,
+    seed: int = 0,
+    checkpoint: str = "final",
+    picture: Path | None = None,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Generate images from a trained run, in any order.
+
+    Args:
+        run: the run folder, such as runs/raster-300@demo/seed0
+        order: name of the path; random:SEED for a random one
+        images: how many
+        guidance: uncond + s (cond - uncond); 1 or less is off
+        guidance_schedule: none, linear or power-cosine
+        temperature: divides the logits
+        top_k: keep the k largest logits; 0 keeps all
+        top_p: keep the smallest set of this probability
+        sampler: kv-cache or full-forward
+        labels: balanced or iid
+        batch: images at a time; changes nothing but speed and memory
+        seed: image i is a function of (seed, i)
+        checkpoint: final or final-ema
+        picture: also write a PNG of the first 100 images
+        dry_run: print the cost; generate nothing
+        json: print for programs
+    """
+    from orderlab.config import SampleConfig
+
+    names = ("order", "images", "guidance", "guidance_schedule", "temperature", "top_k", "top_p", "sampler", "labels", "batch", "seed")
+    values = locals()
+    config = validated(SampleConfig, {name: values[name] for name in names})
+    from orderlab.order.paths import parse_order_name
+
+    parse_order_name(order)
+    if dry_run:
+        from orderlab.cost import sampling_cost
+        from orderlab.runtime.run import RunFolder
+
+        run_config = RunFolder(run).config()
+        print_cost(config.model_dump(), sampling_cost(run_config.model, config, catalog.scale_named(run_config.scale)), json)
+        return
+    from orderlab.report.collect import save_samples
+    from orderlab.runtime.console import Console
+    from orderlab.sampling import sample as module
+
+    with Console(quiet=json).progress(f"sample {order}", images) as bar:
+        out = module.run(config, run, checkpoint=checkpoint, progress=lambda done, total: bar.update(done))
+    if picture is not None:
+        save_samples(run, out.name, picture)
+    print_result({"samples": str(out)}, json)
+
+
+def nll(
+    run: Path,
+    /,
+    orders: str = "raster,zigzag,diagonal,stride-2,spiral,column-major,center-spiral,reverse,random",
+    checkpoint: str = "final",
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Exact validation NLL of a run under each order: one teacher-forced pass an order.
+
+    Args:
+        run: the run folder
+        orders: names with commas between
+        checkpoint: final or final-ema
+        dry_run: print the cost over 5,000 images; measure nothing
+        json: print for programs, with the curves by step and by position
+    """
+    if dry_run:
+        from orderlab.cost import likelihood_cost
+        from orderlab.runtime.run import RunFolder
+
+        config = RunFolder(run).config()
+        costs = likelihood_cost(config.model, 5000, len(orders.split(",")), catalog.scale_named(config.scale))
+        print_cost(config.model_dump(mode="json"), costs, json)
+        return
+    from orderlab.evaluate.likelihood import run as measure
+
+    results = measure(run, orders.split(","), checkpoint=checkpoint)
+    if json:
+        print_json(results)
+        return
+    print(f"{'order':<14} nats/token  ± s.e.   bits/image   (uniform guess: {next(iter(results.values()))['uniform_nll']:.3f} nats)")
+    for name, result in results.items():
+        mark = "  above the uniform guess" if result["nll_per_token"] > result["uniform_nll"] else ""
+        print(f"{name:<14} {result['nll_per_token']:10.4f}  {result['standard_error']:6.4f}  {result['bits_per_image']:10.1f}{mark}")
+
+
+def score(run: Path, /, json: bool = False) -> None:
+    """Score every sample set of a run that has no score yet.
+
+    Args:
+        run: the run folder
+        json: print the full records
+    """
+    from orderlab.evaluate.score import run as measure
+
+    results = measure(run)
+    if json:
+        print_json(results)
+        return
+    for name, result in results.items():
+        print(name)
+        for record in result["records"]:
+            reference = f" against {record['reference']}" if record["n_reference"] else ""
+            print(f"  {record['metric']:<22} {record['value']:9.4f} ± {record['standard_error']:.4f}   N {record['n']:,}{reference}")

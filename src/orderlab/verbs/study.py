@@ -1,0 +1,128 @@
+"""Verbs of the study: reproduce, list, show, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orderlab import catalog
+from orderlab.verbs.output import RUNS, print_cost, print_json, read_state
+
+
+def reproduce(
+    scale: str = "demo",
+    rows: tuple[str, ...] = ("2-in100",),
+    seed: int = 0,
+    runs: Path = RUNS,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Rows of the study, each through train, sample, NLL and score, then the report; what is done is skipped.
+
+    Args:
+        scale: smoke, demo, toy, small, paper or paper-1k
+        rows: rows, tables or runs; "all" for the whole catalogue
+        seed: seed of every run
+        runs: where run folders lie
+        dry_run: print the cost of every run and row; do nothing
+        json: print for programs
+    """
+    chosen = list(catalog.ROWS) if rows == ("all",) else catalog.rows_named(rows)
+    known = catalog.scale_named(scale)
+    from orderlab import reproduce as module
+
+    if dry_run:
+        costs = module.dry_run(chosen, scale, seed)
+        if json:
+            print_json(costs)
+            return
+        from orderlab.cost import readable
+
+        print(f"scale {scale}: {known.description}")
+        for group in costs.values():
+            for name, cost in group.items():
+                print(f"{name}\n{readable(cost)}")
+        return
+    from orderlab.runtime.console import Console
+
+    page = module.run(chosen, scale, runs, seed=seed, console=Console(quiet=json))
+    if json:
+        print_json({"report": str(page) if page else None})
+
+
+def list_rows(scale: str = "demo", runs: Path = RUNS, seed: int = 0, json: bool = False) -> None:
+    """Every row of the catalogue: the study's number, its run, and the state of the local run.
+
+    Args:
+        scale: the scale whose runs are looked up
+        runs: where run folders lie
+        seed: the seed of the runs
+        json: print for programs
+    """
+    catalog.scale_named(scale)
+    entries = []
+    for row in catalog.ROWS:
+        status = runs / f"{row.run}@{scale}" / f"seed{seed}" / "status.json"
+        state = read_state(status)
+        entries.append(
+            {
+                "row": row.id,
+                "dataset": row.dataset,
+                "run": row.run,
+                "order": row.order,
+                "sampler": row.sampler,
+                "source": row.source.printed(),
+                "state": state,
+                "units": catalog.RECIPES[row.run].units,
+                "images": catalog.resolve(row.run, scale, seed).images,
+            }
+        )
+    if json:
+        print_json(entries)
+        return
+    print(f"{'row':<34} {'run':<19} {'order':<14} {'FID-5K':>7} {'sFID':>7}   images@{scale:<8} state")
+    for row, entry in zip(catalog.ROWS, entries):
+        fid, sfid = ("" if value is None else f"{value:.2f}" for value in (row.source.fid, row.source.sfid))
+        print(f"{entry['row']:<34} {entry['run']:<19} {entry['order']:<14} {fid:>7} {sfid:>7}   {entry['images']:<15,} {entry['state']}")
+
+
+def show(row: str, /, scale: str = "demo", seed: int = 0, dry_run: bool = False, json: bool = False) -> None:
+    """A row's resolved config, and with --dry-run its cost.
+
+    Args:
+        row: a row or a run
+        scale: smoke, demo, toy, small, paper or paper-1k
+        seed: seed of the run
+        dry_run: print parameters, FLOPs, memory, disk and time too
+        json: print for programs
+    """
+    config = catalog.resolve(catalog.run_named(row), scale, seed)
+    shown: dict[str, Any] = {"train": config.model_dump(mode="json")}
+    known = next((r for r in catalog.ROWS if r.id == row), None)
+    if known is not None:
+        shown |= {"row": known.id, "source": known.source.printed(), "note": catalog.alias_note(known, catalog.scale_named(scale))}
+        shown["sample"] = catalog.sample_config(known, catalog.scale_named(scale)).model_dump(mode="json")
+    if dry_run:
+        from orderlab.cost import training_cost
+
+        print_cost(shown, training_cost(config, catalog.scale_named(scale)), json)
+    else:
+        print_json(shown)
+
+
+def report(scale: str = "demo", rows: tuple[str, ...] = ("2-in100",), seed: int = 0, runs: Path = RUNS, out: Path | None = None) -> None:
+    """Build report.html and report.md from what the runs hold.
+
+    Args:
+        scale: the scale of the runs
+        rows: rows, tables or runs
+        seed: the seed of the runs
+        runs: where run folders lie
+        out: folder to write; runs/reports/SCALE-seedK when empty
+    """
+    from orderlab.report.build import build
+    from orderlab.report.collect import collect
+
+    chosen, known = catalog.rows_named(rows), catalog.scale_named(scale)
+    for page in build(collect(chosen, known, runs, seed), out or runs / "reports" / f"{scale}-seed{seed}")[:2]:
+        print(page)

@@ -1,0 +1,157 @@
+"""Verbs beside the runs: coverage, benches, the tokenizer and the feature network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orderlab import catalog
+from orderlab.verbs.output import print_cost, print_json, validated
+
+
+def coverage(grid: str = "16x16", steps: int = 32, orders: str = "all", json: bool = False, plot: Path | None = None) -> None:
+    """Neighbour coverage: the share of its 8 neighbours a token already sees when it is generated.
+
+    Args:
+        grid: HEIGHTxWIDTH
+        steps: mean over so many first tokens
+        orders: names with commas between, or all
+        json: print for programs
+        plot: write the curves over all steps as a picture (.png, .svg or .pdf)
+    """
+    from orderlab.order.coverage import coverage as measure
+    from orderlab.order.coverage import coverage_curve, expected_random_coverage
+    from orderlab.order.paths import ORDER_NAMES, parse_grid, path
+
+    height, width = parse_grid(grid)
+    names = list(ORDER_NAMES) if orders == "all" else orders.split(",")
+    values = {name: measure(path(name, height, width), height, width, steps) for name in names}
+    expected = expected_random_coverage(height, width, steps)
+    if plot is not None:
+        from orderlab.report.figures import save_coverage
+
+        save_coverage({name: coverage_curve(path(name, height, width), height, width).tolist() for name in names}, plot)
+    if json:
+        print_json({"grid": [height, width], "steps": steps, "coverage": values, "expected_random": expected})
+        return
+    print(f"neighbour coverage of the first {steps} tokens on {grid}")
+    for name, value in sorted(values.items(), key=lambda item: -item[1]):
+        print(f"  {name:<14} {value:7.5f}")
+    print(f"  {'(random, mean)':<14} {expected:7.5f}")
+
+
+def bench_sample(
+    model: str = "GPT-B",
+    batches: str = "1,8,32",
+    precisions: str = "fp32,bf16",
+    slot: int = 128,
+    repeats: int = 9,
+    full_forward: bool = True,
+    out: Path = Path("bench/sample.json"),
+    json: bool = False,
+) -> None:
+    """A KV-cache step against the floor of its matrix products and memory traffic, and against the full-forward sampler.
+
+    Args:
+        model: GPT-B, GPT-L, GPT-XL or GPT-XXL
+        batches: images at a time, with commas between
+        precisions: fp32, bf16 or both
+        slot: the step that is timed
+        repeats: timed steps; medians are printed
+        full_forward: time the full-forward sampler too
+        out: JSON file to write
+        json: print the JSON in place of the table
+    """
+    from orderlab.bench import run
+
+    sizes = [int(size) for size in batches.split(",")]
+    result = run(model, sizes, precisions.split(","), slot=slot, repeats=repeats, has_full_forward=full_forward, out=out, quiet=json)
+    if json:
+        print_json(result)
+
+
+def tokenizer_train(
+    images: Path | None = None,
+    out: Path = Path("vq-fashion.safetensors"),
+    grid: str = "8x8",
+    seed: int = 0,
+    epochs: int | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Train the small image tokenizer on Fashion-MNIST.
+
+    Args:
+        images: folder of the four IDX files; the subset in the package when empty
+        out: weight file to write
+        grid: 8x8 or 16x16 tokens an image
+        seed: of weights, data order and codebook
+        epochs: passes over the training images
+        dry_run: print the cost; train nothing
+    """
+    from orderlab.training.tokenizer import TokenizerConfig, run
+
+    changes = {} if epochs is None else {"epochs": epochs}
+    config = validated(TokenizerConfig, {"images": images, "out": out, "grid": grid, "seed": seed, **changes})
+    if not dry_run:
+        run(config)
+        return
+    from torch import device
+
+    from orderlab.cost import network_cost
+    from orderlab.models.vq import PRESETS, VQ
+
+    with device("meta"):
+        network = VQ(PRESETS[f"fashion-{config.grid}"])
+    seen = config.epochs * (10_000 if images is None else 60_000)
+    print_cost(config.model_dump(mode="json"), network_cost(network, (1, 32, 32), seen, catalog.scale_named("toy")), False)
+
+
+def tokenizer_evaluate(tokenizer: str = "fashion-8x8", /, picture: Path | None = None) -> None:
+    """Reconstruction error, codebook use and reconstruction distance of a small tokenizer on the validation images.
+
+    Args:
+        tokenizer: a name or a weight file
+        picture: also write originals beside reconstructions as a PNG
+    """
+    from orderlab.data.prepare import tokenizer as load
+    from orderlab.training.tokenizer_report import evaluate_tokenizer
+
+    evaluate_tokenizer(load(tokenizer), picture)
+
+
+def features_train(images: Path | None = None, out: Path = Path("cnn-fashion.safetensors"), seed: int = 0, dry_run: bool = False) -> None:
+    """Train the toy feature network, a classifier of Fashion-MNIST.
+
+    Args:
+        images: folder of the four IDX files; the subset in the package when empty
+        out: weight file to write
+        seed: of weights, data order and augmentation
+        dry_run: print the cost; train nothing
+    """
+    from orderlab.training.classifier import ClassifierConfig, run
+
+    config = validated(ClassifierConfig, {"images": images, "out": out, "seed": seed})
+    if not dry_run:
+        run(config)
+        return
+    from torch import device
+
+    from orderlab.cost import network_cost
+    from orderlab.evaluate.features import FashionCNN
+
+    with device("meta"):
+        network = FashionCNN()
+    seen = config.epochs * (10_000 if images is None else 60_000)
+    print_cost(config.model_dump(mode="json"), network_cost(network, (1, 32, 32), seen, catalog.scale_named("toy")), False)
+
+
+def data_fashion_subset(images: Path, out: Path, /) -> None:
+    """Cut the package's balanced subset of Fashion-MNIST out of the four original IDX files again.
+
+    Args:
+        images: folder of the four original files
+        out: folder to write
+    """
+    from orderlab.data.fashion import write_subset
+
+    for file in write_subset(images, out):
+        print(file)

@@ -1,0 +1,69 @@
+"""Exact likelihood: it normalises under any order, and it is the sampler's own probability."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from orderlab.config import GPTConfig
+from orderlab.errors import UserError
+from orderlab.evaluate.likelihood import nll
+from orderlab.models.gpt import GPT
+from orderlab.order.paths import path
+from orderlab.order.perm import random_orders
+from tests.models.test_gpt import noisy
+
+TINY = GPTConfig(layers=1, heads=1, dim=8, grid=(2, 2), vocabulary=4, classes=3, ffn_hidden=16, target_embedding=True)
+
+
+@pytest.mark.parametrize("target", [True, False])
+def test_probabilities_of_all_images_sum_to_one_under_every_order(target: bool) -> None:
+    model = noisy(TINY).double()
+    images = torch.tensor(list(itertools.product(range(4), repeat=4)))
+    for order in itertools.permutations(range(4)):
+        values = nll(model, torch.full((256,), 1), images, torch.tensor(order), target=target)
+        assert float((-values.sum(1)).exp().sum()) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_orders_factorise_differently() -> None:
+    model, image = noisy(TINY).double(), torch.tensor([[0, 1, 2, 3]])
+    totals = {round(float(nll(model, torch.tensor([1]), image, torch.tensor(o)).sum()), 9) for o in itertools.permutations(range(4))}
+    assert len(totals) > 20
+
+
+def test_values_are_the_models_conditionals_in_grid_space() -> None:
+    config = TINY.edited(grid=(3, 4), vocabulary=13)
+    model = noisy(config).train()
+    orders = random_orders(5, 12, torch.Generator().manual_seed(0))
+    tokens = torch.randint(13, (5, 12), generator=torch.Generator().manual_seed(1))
+    classes = torch.tensor([0, 1, 2, 3, 0])
+    values = nll(model, classes, tokens, orders)
+    assert model.training
+    logits = model.eval()(classes, tokens.gather(1, orders), orders)
+    for b, t in ((0, 0), (3, 7), (4, 11)):
+        p = orders[b, t]
+        expected = F.cross_entropy(logits[b, t], tokens[b, p])
+        assert values[b, p].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_untrained_model_is_uniform() -> None:
+    model = GPT(TINY)
+    values = nll(model, torch.tensor([0]), torch.zeros(1, 4, dtype=torch.long), path("raster", 2, 2))
+    torch.testing.assert_close(values, torch.full((1, 4), math.log(4)))
+
+
+@pytest.mark.parametrize(
+    ("classes", "tokens", "message"),
+    [
+        ([0], [[0, 1, 2]], "expected \\[B, 4\\]"),
+        ([0, 1], [[0, 1, 2, 3]], "one class per image"),
+        ([0], [[0, 1, 2, 4]], "vocabulary has 4 codes"),
+        ([0], [[0, 1, 2, -1]], "vocabulary has 4 codes"),
+        ([4], [[0, 1, 2, 3]], "the model knows 0 to 3"),
+    ],
+)
+def test_bad_input_is_refused(classes: list, tokens: list, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        nll(GPT(TINY), torch.tensor(classes), torch.tensor(tokens), path("raster", 2, 2))

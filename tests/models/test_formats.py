@@ -1,0 +1,116 @@
+"""Weight files: what is read, what is refused, and what a round trip keeps."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from orderlab.config import GPTConfig
+from orderlab.errors import UserError
+from orderlab.models.formats import load_gpt, read_weights, save_gpt
+from orderlab.models.gpt import GPT
+
+CONFIG = GPTConfig(layers=2, heads=2, dim=16, grid=(2, 3), vocabulary=11, classes=4, ffn_hidden=48)
+
+
+@pytest.fixture
+def model() -> GPT:
+    return GPT(CONFIG, seed=1)
+
+
+def equal(a: GPT, b: GPT) -> bool:
+    return a.state_dict().keys() == b.state_dict().keys() and all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def test_our_export_keeps_weights_and_config(model: GPT, tmp_path: Path) -> None:
+    save_gpt(model, tmp_path / "a.safetensors", header={"note": {"x": 1}})
+    loaded = load_gpt(tmp_path / "a.safetensors")
+    assert loaded.config == CONFIG
+    assert equal(loaded, model)
+    assert read_weights(tmp_path / "a.safetensors").header["orderlab.note"] == '{"x": 1}'
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_llamagen_training_files(model: GPT, tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    state[prefix + "freqs_cis"] = torch.zeros(7, 4, 2)
+    state[prefix + "layers.0.attention.kv_cache.k_cache"] = torch.zeros(2, 2)
+    content = state if wrapper is None else {wrapper: state, "args": argparse.Namespace(gpt_model="GPT-B"), "steps": 5}
+    torch.save(content, tmp_path / "a.pt")
+    loaded = load_gpt(tmp_path / "a.pt", heads=2, grid=(2, 3))
+    assert equal(loaded, model)
+    assert loaded.config.classes == 4
+    assert sorted(read_weights(tmp_path / "a.pt").dropped) == ["freqs_cis", "layers.0.attention.kv_cache.k_cache"]
+
+
+def test_unknown_sizes_ask_for_heads_and_grid(model: GPT, tmp_path: Path) -> None:
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="pass heads= and grid="):
+        load_gpt(tmp_path / "a.pt")
+
+
+def test_a_preset_is_recognised_by_width_and_depth(tmp_path: Path) -> None:
+    from orderlab.models.formats import WeightFile, _config_from_shapes
+
+    shapes = GPT(GPTConfig(), device="meta").state_dict()
+    config = _config_from_shapes(WeightFile(shapes, {}, []), "c2i_B_256.pt", None, None)
+    assert config == GPTConfig(ffn_hidden=2048)
+    assert _config_from_shapes(WeightFile(shapes, {}, []), "c2i_B_384.pt", None, (24, 24)).grid == (24, 24)
+
+
+def test_wrong_shape_names_key_expected_and_found(model: GPT, tmp_path: Path) -> None:
+    save_gpt(model, tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    header = read_weights(tmp_path / "a.safetensors").header
+    tensors["layers.1.attention.wo.weight"] = torch.zeros(16, 8)
+    save_file(tensors, tmp_path / "b.safetensors", header)
+    with pytest.raises(UserError, match=r"layers\.1\.attention\.wo\.weight has shape \[16, 8\]; expected \[16, 16\]"):
+        load_gpt(tmp_path / "b.safetensors")
+
+
+def test_missing_and_unexpected_keys_are_named(model: GPT, tmp_path: Path) -> None:
+    save_gpt(model, tmp_path / "a.safetensors")
+    tensors, header = load_file(tmp_path / "a.safetensors"), read_weights(tmp_path / "a.safetensors").header
+    save_file({k: v for k, v in tensors.items() if k != "norm.weight"}, tmp_path / "b.safetensors", header)
+    with pytest.raises(UserError, match=r"norm\.weight is missing"):
+        load_gpt(tmp_path / "b.safetensors")
+    save_file({**tensors, "surprise": torch.zeros(1)}, tmp_path / "c.safetensors", header)
+    with pytest.raises(UserError, match="unexpected key surprise"):
+        load_gpt(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("kept", [0, 7, 200, 3000])
+def test_truncated_files_are_one_clear_line(model: GPT, tmp_path: Path, suffix: str, kept: int) -> None:
+    file = tmp_path / f"a{suffix}"
+    if suffix == ".pt":
+        torch.save({"model": model.state_dict()}, file)
+    else:
+        save_gpt(model, file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(UserError, match="checkpoint") as error:
+        load_gpt(file)
+    assert "\n" not in str(error.value)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_text("hello")
+    torch.save([1, 2], tmp_path / "b.pt")
+    torch.save({"model": {"conv.weight": torch.zeros(3)}}, tmp_path / "c.pt")
+    for name in ("a.pt", "b.pt", "c.pt", "missing.pt"):
+        with pytest.raises(UserError, match="checkpoint"):
+            load_gpt(tmp_path / name)
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    torch.save({"model": Bomb()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_gpt(tmp_path / "a.pt")
+    assert not (tmp_path / "exploded").exists()

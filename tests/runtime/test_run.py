@@ -1,0 +1,69 @@
+"""Run folders, atomic writes and keys of randomness."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from orderlab.config import RunConfig
+from orderlab.errors import UserError
+from orderlab.runtime.files import read_json, write_atomically, write_json
+from orderlab.runtime.keys import generator, image_seeds, key
+from orderlab.runtime.run import RunFolder, config_difference
+
+
+def test_keys_are_the_same_everywhere_and_differ_by_part() -> None:
+    assert key("order", 0, 128) == 4727541477383384867
+    assert len({key("order", 0, 128), key("order", 0, 129), key("order", 1, 128), key("view", 0, 128), key("order", 0, 12, 8)}) == 5
+    assert torch.equal(torch.rand(3, generator=generator("a", 1)), torch.rand(3, generator=generator("a", 1)))
+
+
+def test_image_seeds_do_not_depend_on_the_batch() -> None:
+    assert image_seeds(0, range(10))[7] == image_seeds(0, range(7, 9))[0]
+    assert len(set(image_seeds(0, range(1000)) + image_seeds(1, range(1000)))) == 2000
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, {"x": 1})
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device; the previous file is unchanged"):
+        write_atomically(file, b"half")
+    assert read_json(file) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_damaged_json_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"x": ')
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(UserError, match="does not exist"):
+        read_json(tmp_path / "b.json")
+
+
+def test_config_difference_names_every_knob(tiny_run: RunConfig) -> None:
+    other = tiny_run.edited(seed=3, batch=32)
+    found = config_difference(tiny_run.model_dump(mode="json"), other.model_dump(mode="json"))
+    assert found == "batch: found 16, asked 32; seed: found 0, asked 3"
+    assert config_difference(tiny_run.model_dump(mode="json"), tiny_run.model_dump(mode="json")) == ""
+
+
+def test_a_line_cut_by_a_kill_is_skipped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text('{"kind": "train", "images": 1}\n{"kind": "validation", "images": 1}\n{"kind": "tra')
+    assert [r["kind"] for r in folder.records()] == ["train", "validation"]
+    assert folder.records("train") == [{"kind": "train", "images": 1}]
+
+
+def test_what_is_no_run_folder_says_so(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path).status() == {"state": "new", "images": 0}
+    with pytest.raises(UserError, match="no run folder"):
+        RunFolder(tmp_path).config()
+    write_json(tmp_path / "config.json", {"recipe": "x"})
+    with pytest.raises(UserError, match="does not fit this version"):
+        RunFolder(tmp_path).config()

@@ -1,0 +1,125 @@
+"""Sample sets: the same images whatever the batch, the kill or the number of processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orderlab.config import RunConfig, SampleConfig
+from orderlab.errors import UserError
+from orderlab.sampling import sample
+from orderlab.training import loop
+
+
+@pytest.fixture(scope="module")
+def run_dir(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from orderlab.config import DataConfig, GPTConfig, OptimConfig
+
+    folder = tmp_path_factory.mktemp("runs") / "r@smoke" / "seed0"
+    config = RunConfig(
+        recipe="r",
+        scale="smoke",
+        data=DataConfig(source="imagenet", folder=str(token_folder)),
+        model=GPTConfig(layers=2, heads=2, dim=16, grid=(4, 4), vocabulary=29, classes=5, ffn_hidden=48),
+        optim=OptimConfig(lr=3e-3),
+        images=320,
+        batch=16,
+        precision="fp32",
+    )
+    loop.run(config, folder)
+    return folder
+
+
+CONFIG = SampleConfig(order="spiral", images=23, batch=10)
+
+
+def test_a_set_holds_every_image_and_its_class(run_dir: Path) -> None:
+    out = sample.run(CONFIG, run_dir)
+    found = sample.SampleSet(out)
+    assert found.tokens_NP.shape == (23, 16)
+    assert found.tokens_NP.dtype == np.uint16
+    assert found.classes_N.tolist() == [i % 5 for i in range(23)]
+    assert not list(out.glob("part-*"))
+    assert found.meta["seconds_per_image"] > 0
+
+
+def test_batch_and_processes_change_nothing(run_dir: Path, tmp_path: Path) -> None:
+    base = sample.SampleSet(sample.run(CONFIG, run_dir)).tokens_NP
+    other = run_dir.parent / "seed1"
+    for name in ("config.json", "checkpoints"):
+        (other / name).parent.mkdir(exist_ok=True)
+        if not (other / name).exists():
+            (other / name).symlink_to(run_dir / name)
+    tokens = sample.SampleSet(sample.run(CONFIG.edited(batch=4), other)).tokens_NP
+    assert (tokens == base).mean() > 0.999  # fp32: a uniform next to a CDF edge may fall on the other side
+    third = run_dir.parent / "seed2"
+    third.mkdir()
+    for name in ("config.json", "checkpoints"):
+        (third / name).symlink_to(run_dir / name)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\ntorch.set_num_threads(1)\nfrom orderlab.config import SampleConfig\nfrom orderlab.sampling.sample import run\n"
+        "run(SampleConfig.model_validate_json(sys.argv[1]), sys.argv[2])\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+        CONFIG.model_dump_json(),
+        str(third),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert result.returncode == 0, result.stderr[-1000:]
+    np.testing.assert_array_equal(sample.SampleSet(third / "samples" / sample.sample_name(CONFIG)).tokens_NP, base)
+
+
+def test_a_killed_set_goes_on_from_its_finished_batches(run_dir: Path) -> None:
+    config = CONFIG.edited(seed=3)
+
+    class Killed(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done == 20:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sample.run(config, run_dir, progress=stop)
+    out = run_dir / "samples" / sample.sample_name(config)
+    assert sorted(p.name for p in out.glob("part-*")) == ["part-000000.npy", "part-000001.npy"]
+    kept = np.load(out / "part-000001.npy")
+    finished = sample.SampleSet(sample.run(config, run_dir))
+    np.testing.assert_array_equal(finished.tokens_NP[10:20], kept)
+    assert len(finished.tokens_NP) == 23
+
+
+def test_iid_labels_are_a_function_of_the_seed() -> None:
+    config = CONFIG.edited(labels="iid", images=1000)
+    first, again, other = (sample.sample_classes(c, 5) for c in (config, config, config.edited(seed=1)))
+    assert (first == again).all()
+    assert not (first == other).all()
+    assert (np.bincount(first, minlength=5) > 150).all()
+
+
+def test_names_differ_with_the_settings() -> None:
+    changes = [{}, {"order": "raster"}, {"guidance": 1.0}, {"seed": 1}, {"images": 24}, {"sampler": "full-forward"}, {"temperature": 0.9}]
+    assert len({sample.sample_name(CONFIG.edited(**change)) for change in changes}) == len(changes)
+    assert sample.sample_name(CONFIG) == sample.sample_name(CONFIG.edited(batch=5))
+
+
+def test_an_untrained_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train the run to its end first"):
+        sample.run(CONFIG, tmp_path)
+
+
+def test_a_damaged_set_is_one_clear_line(run_dir: Path) -> None:
+    out = sample.run(CONFIG.edited(seed=9), run_dir)
+    (out / "tokens.npy").write_bytes((out / "tokens.npy").read_bytes()[:60])
+    with pytest.raises(UserError, match="damaged"):
+        sample.SampleSet(out)

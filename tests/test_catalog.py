@@ -1,0 +1,55 @@
+"""The catalogue against the published tables, number for number."""
+
+import csv
+
+import pytest
+
+from orderlab import catalog
+from orderlab.config import AnnealedOrder
+from orderlab.errors import UserError
+from tests.conftest import FIXTURES
+
+PUBLISHED = {r["row"]: r for r in csv.DictReader((FIXTURES / "published_rows.csv").read_text().splitlines())}
+OURS = {row.id for row in catalog.ROWS if row.table.startswith("ours")}
+
+
+@pytest.mark.parametrize("row", [row for row in catalog.ROWS if row.id not in OURS], ids=lambda row: row.id)
+def test_every_number_is_the_published_one(row: catalog.Row) -> None:
+    published = PUBLISHED[row.id]
+    names = ("fid", "sfid", "inception_score", "precision", "recall")
+    assert {name: getattr(row.source, name) for name in names} == {
+        name: float(published[name]) if published[name] else None for name in names
+    }
+    assert row.dataset == published["dataset"]
+
+
+def test_rows_of_ours_carry_no_published_number() -> None:
+    assert all(not row.source.printed() for row in catalog.ROWS if row.id in OURS)
+
+
+def test_row_ids_are_unique_and_their_tables_and_runs_known() -> None:
+    assert len({row.id for row in catalog.ROWS}) == len(catalog.ROWS)
+    assert {row.table for row in catalog.ROWS} <= set(catalog.TABLES)
+    assert {row.run for row in catalog.ROWS} <= set(catalog.RECIPES)
+
+
+def test_rar_schedules_are_150_75_75_and_200_100_100_epochs() -> None:
+    for run, epochs in (("rar-300", (150, 225, 300)), ("rar-400", (200, 300, 400))):
+        config = catalog.resolve(run, "paper")
+        assert isinstance(config.policy, AnnealedOrder)
+        per_epoch = 126_689
+        borders = (*config.phase_ends.values(), config.images)
+        assert tuple(round(b / per_epoch) for b in borders) == epochs
+        assert config.model.target_embedding
+
+
+def test_changes_override_scale_and_recipe() -> None:
+    config = catalog.resolve("raster-300", "demo", 3, **{"optim.lr": 0.5, "images": 64})
+    assert (config.optim.lr, config.images, config.seed) == (0.5, 64, 3)
+    with pytest.raises(UserError, match=r"optim\.lr"):
+        catalog.resolve("raster-300", "demo", 0, **{"optim.lr": -1.0})
+
+
+def test_rows_are_found_by_table_run_and_id_in_catalogue_order() -> None:
+    ids = [row.id for row in catalog.rows_named(["3-fixed/zigzag", "2-in1k", "fixed-spiral"])]
+    assert ids == [row.id for row in catalog.ROWS if row.table == "2-in1k" or row.id in ("3-fixed/zigzag", "3-fixed/spiral")]

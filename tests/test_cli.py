@@ -1,0 +1,139 @@
+"""The command line: verbs, flags, and one clear line with exit status 2 for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orderlab import catalog, cli
+from orderlab.runtime.run import RunFolder
+
+GOLDEN = Path(__file__).parent / "golden" / "flags.json"
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian", "raster-300"], "unknown verb 'trian raster-300'; did you mean"),
+        (["lst"], "unknown verb 'lst'; did you mean 'list'?"),
+        (["train", "raster-30"], "did you mean 'raster-300'?"),
+        (["show", "2-in100/zigzig"], "did you mean '2-in100/zigzag'?"),
+        (["reproduce", "--scale", "dmeo"], "unknown scale 'dmeo'; did you mean 'demo'?"),
+        (["reproduce", "--rows", "2-in10"], "did you mean '2-in100'?"),
+        (["train", "raster-300", "--sede", "3"], "unknown flag '--sede' of orderlab train; did you mean '--seed'?"),
+        (["coverage", "--gird", "4x4"], "did you mean '--grid'?"),
+        (["train", "raster-300", "--seed", "x"], "Error parsing --seed"),
+        (["train"], "see orderlab train --help"),
+        (["coverage", "--orders", "zigzig"], "did you mean 'zigzag'?"),
+        (["coverage", "--grid", "4by4"], "HEIGHTxWIDTH"),
+        (["coverage", "--grid", "4x4", "--steps", "99"], "steps 1 to 16"),
+        (["coverage", "--plot", "curves.txt"], ".png, .svg or .pdf"),
+        (["train", "raster-300", "--batch", "7", "--micro-batch", "2", "--dry-run"], "micro_batch 2 does not divide batch 7"),
+        (["train", "raster-300", "--lr", "-1", "--dry-run"], "optim.lr"),
+        (["train", "raster-300", "--precision", "fp8", "--dry-run"], "precision"),
+        (["sample", "/nowhere", "--guidance", "-1"], "--guidance"),
+        (["sample", "/nowhere", "--order", "zigzig"], "did you mean 'zigzag'?"),
+        (["sample", "/nowhere"], "train the run to its end first"),
+        (["nll", "/nowhere"], "is no run folder"),
+        (["score", "/nowhere"], "no samples to score"),
+        (["train", "raster-300", "--scale", "paper"], "ImageNet tokens need data.folder"),
+    ],
+)
+def test_mistakes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in mistake(capsys, *arguments)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert "Not a directory" in mistake(capsys, "train", "raster-300", "--scale", "smoke", "--runs", str(tmp_path / "file"))
+
+
+def test_the_flag_list_is_frozen() -> None:
+    """A new knob is a recipe, not a flag: whoever adds one edits this list knowingly."""
+    import inspect
+
+    flags = {verb: list(inspect.signature(function).parameters) for verb, function in cli.VERBS.items()}
+    assert flags == json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help_for_every_flag(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main([*verb.split(), "--help"])
+    out = capsys.readouterr().out
+    assert (cli.VERBS[verb].__doc__ or "").splitlines()[0].split(":")[0][:40] in " ".join(out.split())
+    assert "Args:" not in out
+
+
+def test_overview_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main([])
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in cli.VERBS)
+
+
+def test_list_is_json_with_every_row(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    RunFolder(tmp_path / "raster-300@demo/seed0").set_status("stopped", 24_000, of=96_000)
+    cli.main(["list", "--json", "--runs", str(tmp_path)])
+    entries = json.loads(capsys.readouterr().out)
+    assert [e["row"] for e in entries] == [r.id for r in catalog.ROWS]
+    assert entries[0]["source"] == {"FID-5K": 25.4, "sFID": 66.33, "IS": 49.18, "precision": 0.672, "recall": 0.471}
+    assert entries[0]["state"] == "stopped 25%"
+    assert entries[-1]["state"] == "-"
+
+
+def test_coverage_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cli.main(["coverage", "--json", "--orders", "raster,halton", "--plot", str(tmp_path / "c.png")])
+    result = json.loads(capsys.readouterr().out)
+    assert result["coverage"]["raster"] == pytest.approx(0.34792, abs=5e-6)
+    assert result["expected_random"] == pytest.approx(0.0608, abs=5e-5)
+    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("row", [row.id for row in catalog.ROWS])
+@pytest.mark.parametrize("scale", catalog.SCALES)
+def test_every_row_resolves_at_every_scale(row: str, scale: str) -> None:
+    chosen = catalog.row_named(row)
+    config = catalog.resolve(chosen.run, scale)
+    assert config.images >= config.batch
+    assert catalog.sample_config(chosen, catalog.scale_named(scale)).images >= 100
+    assert chosen.target is None or config.model.target_embedding
+
+
+def test_dry_run_at_paper_scale_needs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["train", "raster-300", "--scale", "paper", "--dry-run", "--json"])
+    cost = json.loads(capsys.readouterr().out)["cost"]
+    assert cost["parameters"] == 110_197_248
+    assert cost["steps"] == 148_464
+    matrices = 12 * 7_079_424 - 12 * 1536 + 16384 * 768
+    attention = 12 * 2 * 2 * 256 * 256 * 768 / 256  # scores and values, per token, full square as executed
+    per_image = 3 * 256 * (2 * matrices + attention)
+    assert cost["training_pflop"] == pytest.approx(per_image * cost["images"] / 1e15, rel=0.02)
+
+
+def test_dry_run_of_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["reproduce", "--rows", "all", "--scale", "paper", "--dry-run", "--json"])
+    costs = json.loads(capsys.readouterr().out)
+    assert set(costs["rows"]) == {row.id for row in catalog.ROWS}
+    cached, full = (costs["rows"][f"2-in100/{name}"]["sampling_pflop"] for name in ("raster-baseline", "raster-heuristic-sampler"))
+    assert 90 < full / cached < 130
+
+
+def test_the_installed_command_exits_with_2(tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-m", "orderlab.cli", "show", "nothing"], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("orderlab: unknown run or row 'nothing'")

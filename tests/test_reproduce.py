@@ -1,0 +1,91 @@
+"""Rows end to end on the embedded data, and nothing a second time."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from orderlab import catalog, load_run, reproduce
+from orderlab.config import OptimConfig
+from orderlab.runtime.console import Console
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rows at a scale smaller than smoke, carried out once."""
+    folder = tmp_path_factory.mktemp("runs")
+    scale = dataclasses.replace(
+        catalog.SCALES["smoke"], name="tiny-test", data=catalog.FASHION.edited(train_images=200), unit_images=640, sample_images=60, sample_batch=60,
+        optim=OptimConfig(lr=3e-3),
+    )  # fmt: skip
+    catalog.SCALES["tiny-test"] = scale
+    page = reproduce.run(
+        catalog.rows_named(["2-in100/zigzag", "2-in100/raster-heuristic-sampler"]), "tiny-test", folder, console=Console(quiet=True)
+    )
+    assert page == folder / "reports/tiny-test-seed0/report.html"
+    return folder
+
+
+def test_one_run_serves_both_rows_and_reads_back(runs: Path) -> None:
+    assert [p.name for p in runs.glob("*@*")] == ["raster-300@tiny-test"]
+    run = load_run(runs / "raster-300@tiny-test/seed0")
+    assert run.status["state"] == "trained"
+    assert set(run.nll) == {"raster@final", "zigzag@final"}
+    assert len(run.samples()) == 2
+    assert run.model().config == run.config.model
+    assert set(run.scores) == {"tokenizer", *run.samples()}
+
+
+def test_records_carry_network_counts_and_reference(runs: Path) -> None:
+    scores = load_run(runs / "raster-300@tiny-test/seed0").scores
+    records = {r["metric"]: r for name, entry in scores.items() if name != "tokenizer" for r in entry["records"]}
+    assert set(records) == {
+        "FD-fashion",
+        "FD-tok",
+        "sFD-fashion",
+        "IS-fashion",
+        "precision (fashion)",
+        "recall (fashion)",
+        "label agreement",
+    }
+    assert all(r["n"] == 60 and r["weights_hash"] for r in records.values())
+    assert records["FD-fashion"]["reference"] == "5000 validation images"
+    assert records["FD-tok"]["reference_hash"] != records["FD-fashion"]["reference_hash"]
+    assert scores["tokenizer"][0]["value"] < records["FD-fashion"]["value"]
+
+
+def test_report_names_every_row_and_no_bare_fid(runs: Path) -> None:
+    folder = runs / "reports/tiny-test-seed0"
+    text = (folder / "report.md").read_text()
+    assert "zigzag" in text
+    assert "71.69" in text
+    assert "FD-fashion" in text
+    assert " FID " not in text.replace("is not FID", "")
+    assert "<script src" not in (folder / "report.html").read_text()
+
+
+def test_a_second_time_nothing_is_done(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()}
+    reproduce.run(catalog.rows_named(["2-in100/zigzag", "2-in100/raster-heuristic-sampler"]), "tiny-test", runs)
+    assert "everything is done" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()} == before
+
+
+def test_dry_run_says_what_it_would_cost() -> None:
+    costs = reproduce.dry_run(catalog.rows_named(["2-in100"]), "demo", 0)
+    assert costs["runs"]["raster-300"]["images"] == 96_000
+    assert json.dumps(costs)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/add_an_order.md"])
+def test_the_documented_order_runs_as_written(runs: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orderlab.order.paths import PATHS
+
+    monkeypatch.setattr("orderlab.order.paths.PATHS", dict(PATHS))
+    text = (Path(__file__).parent.parent / page).read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "runs/raster-300@demo/seed0" in code
+    names: dict[str, object] = {}
+    exec(code.replace("runs/raster-300@demo/seed0", str(runs / "raster-300@tiny-test/seed0")), names)
+    assert tuple(names["tokens"].shape) == (3, 64)  # pyrefly: ignore

@@ -1,0 +1,298 @@
+"""Rerun = resume, to the bit; accumulation and two processes change nothing; faults lose nothing but the work since the last checkpoint."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orderlab.config import AnnealedOrder, RunConfig
+from orderlab.errors import UserError
+from orderlab.models.formats import load_gpt
+from orderlab.runtime.run import RunFolder
+from orderlab.training.loop import run
+
+TRAIN = """
+import json, os, signal, sys
+from orderlab.config import RunConfig
+from orderlab.training.loop import run
+import torch
+torch.set_num_threads(1)
+config, folder, when, how = RunConfig.model_validate_json(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+sent = []
+def report(record):
+    if record["images"] >= when and not sent:
+        sent.append(how)
+        os.kill(os.getpid(), getattr(signal, how))
+print(run(config, folder, report=report))
+"""
+
+
+def in_process(
+    config: RunConfig, folder: Path, when: int = 10**9, how: str = "SIGKILL", processes: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """Train in a process of its own (or several), which signals itself once it has seen `when` images."""
+    launcher = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
+    script = folder.parent / "train_script.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(TRAIN)
+    command = [*launcher, str(script), config.model_dump_json(), str(folder), str(when), how]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def weights(folder: Path, name: str = "final") -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"{name}.safetensors")
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(r["images"], r["loss"]) for r in RunFolder(folder).records("train")]
+
+
+def assert_same_to_the_bit(one: Path, other: Path) -> None:
+    for name in ("final", "final-ema", "state"):
+        a, b = weights(one, name), weights(other, name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a), name
+    without_time = [[{k: v for k, v in r.items() if "second" not in k} for r in RunFolder(f).records()] for f in (one, other)]
+    assert without_time[0] == without_time[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_after_kill_9_is_bit_exact(tiny_run: RunConfig, tmp_path: Path, precision: str) -> None:
+    """60 steps at once, and 25 + kill -9 + 35 with dropout, label drop and an annealed order: the same files."""
+    policy = AnnealedOrder(start=0.2, end=0.8)
+    config = tiny_run.edited(precision=precision, policy=policy, checkpoint_every=25 * 16, validate_every=20 * 16)
+    whole, killed = tmp_path / "whole/a/seed0", tmp_path / "killed/a/seed0"
+    run(config, whole)
+    result = in_process(config, killed, when=29 * 16)
+    assert result.returncode == -signal.SIGKILL
+    assert RunFolder(killed).status() == {"state": "training", "images": 400, "of": 960}
+    assert max(images for images, _ in losses(killed)) > 400
+    assert run(config, killed) == "trained"
+    assert_same_to_the_bit(whole, killed)
+
+
+def test_sigterm_saves_and_leaves_and_the_next_run_goes_on(tiny_run: RunConfig, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole/a/seed0", tmp_path / "stopped/a/seed0"
+    run(tiny_run, whole)
+    result = in_process(tiny_run, stopped, when=30 * 16, how="SIGTERM")
+    assert (result.returncode, result.stdout.strip()) == (0, "stopped"), result.stderr
+    assert RunFolder(stopped).status()["state"] == "stopped"
+    assert 480 <= RunFolder(stopped).status()["images"] < 960
+    assert run(tiny_run, stopped) == "trained"
+    assert_same_to_the_bit(whole, stopped)
+
+
+def test_a_finished_run_is_not_trained_again(tiny_run: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "a/seed0"
+    run(tiny_run.edited(images=64), folder)
+    before = (folder / "checkpoints/state.safetensors").stat().st_mtime_ns
+    assert run(tiny_run.edited(images=64), folder) == "trained"
+    assert (folder / "checkpoints/state.safetensors").stat().st_mtime_ns == before
+
+
+def without_dropout(config: RunConfig, **changes: Any) -> RunConfig:
+    model = config.model.edited(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
+    return config.edited(model=model.model_dump(), images=30 * 16, policy=AnnealedOrder(), **changes)
+
+
+def assert_close(one: Path, other: Path, precision: str = "fp32") -> None:
+    for (images, a), (same_images, b) in zip(losses(one), losses(other), strict=True):
+        assert images == same_images
+        assert a == pytest.approx(b, abs=1e-5 if precision == "fp32" else 5e-3)
+    if precision == "fp32":
+        a, b = weights(one), weights(other)
+        assert max(float((a[k] - b[k]).abs().max()) for k in a) < 2e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_accumulation_equals_the_whole_batch(tiny_run: RunConfig, tmp_path: Path, precision: str) -> None:
+    config = without_dropout(tiny_run, precision=precision)
+    run(config, tmp_path / "whole/a/seed0")
+    for micro in (4, 8):
+        run(config.edited(micro_batch=micro), tmp_path / f"parts{micro}/a/seed0")
+        assert_close(tmp_path / "whole/a/seed0", tmp_path / f"parts{micro}/a/seed0", precision)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike_and_keep_their_names(tiny_run: RunConfig, tmp_path: Path) -> None:
+    config = without_dropout(tiny_run).edited(images=160)
+    run(config, tmp_path / "plain/a/seed0")
+    run(config.edited(compile=True), tmp_path / "compiled/a/seed0")
+    assert_close(tmp_path / "plain/a/seed0", tmp_path / "compiled/a/seed0")
+    assert weights(tmp_path / "plain/a/seed0").keys() == weights(tmp_path / "compiled/a/seed0").keys()
+
+
+def test_two_processes_equal_one(tiny_run: RunConfig, tmp_path: Path) -> None:
+    config = without_dropout(tiny_run)
+    one, two = tmp_path / "one/a/seed0", tmp_path / "two/a/seed0"
+    run(config, one)
+    result = in_process(config, two, processes=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert_close(one, two)
+
+
+def test_loss_falls_below_the_uniform_guess(tiny_run: RunConfig, tmp_path: Path) -> None:
+    run(tiny_run.edited(images=3200), tmp_path / "a/seed0")
+    curve = losses(tmp_path / "a/seed0")
+    assert curve[0][1] == pytest.approx(torch.tensor(29.0).log().item(), abs=0.05)
+    assert curve[-1][1] < 0.75 * curve[0][1]
+    validation = RunFolder(tmp_path / "a/seed0").records("validation")
+    assert [r["images"] for r in validation] == [3200]
+    assert validation[0]["validation_nll"] < curve[0][1]
+
+
+def test_two_seeds_differ_and_one_seed_repeats(tiny_run: RunConfig, tmp_path: Path) -> None:
+    config = tiny_run.edited(images=96)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(config.edited(seed=seed), tmp_path / name / "r/seed0")
+    a, b, c = (losses(tmp_path / name / "r/seed0") for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_nan_stops_with_the_step_and_keeps_the_last_checkpoint(
+    tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orderlab.training import objectives
+
+    folder = tmp_path / "a/seed0"
+    config = tiny_run.edited(checkpoint_every=20 * 16)
+    healthy = objectives.Autoregressive.loss
+    calls = iter(range(10**6))
+
+    def broken(self: Any, forward: Any, batch: Any) -> torch.Tensor:
+        return healthy(self, forward, batch) * (float("nan") if next(calls) == 33 else 1.0)
+
+    monkeypatch.setattr(objectives.Autoregressive, "loss", broken)
+    with pytest.raises(UserError, match="not finite at step 33") as error:
+        run(config, folder)
+    assert "\n" not in str(error.value)
+    assert RunFolder(folder).status()["state"] == "failed"
+    assert all(torch.isfinite(t).all() for t in weights(folder, "state").values())
+    monkeypatch.undo()
+    assert run(config, folder) == "trained"
+
+
+def test_another_config_is_refused_with_the_difference(tiny_run: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "a/seed0"
+    run(tiny_run.edited(images=32), folder)
+    with pytest.raises(UserError, match=r"optim\.lr: found 0\.003, asked 0\.01"):
+        run(tiny_run.edited(images=32, optim={**tiny_run.optim.model_dump(), "lr": 0.01}), folder)
+
+
+def test_two_runs_in_one_folder_are_refused(tiny_run: RunConfig, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a/seed0")
+    with folder.lock(), pytest.raises(UserError, match="in use by another process"):
+        run(tiny_run, folder.root)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000])
+def test_a_damaged_state_is_one_clear_line(tiny_run: RunConfig, tmp_path: Path, kept: int) -> None:
+    folder = tmp_path / "a/seed0"
+    config = tiny_run.edited(images=640)
+    in_process(config.edited(checkpoint_every=160), folder, when=400)
+    state = folder / "checkpoints/state.safetensors"
+    state.write_bytes(state.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"training state .* is damaged"):
+        run(config.edited(checkpoint_every=160), folder)
+
+
+def test_a_full_disk_leaves_the_previous_state(tiny_run: RunConfig, tmp_path: Path) -> None:
+    """With a file size limit the save fails: one line, and the state of before is still whole."""
+    folder = tmp_path / "a/seed0"
+    config = tiny_run.edited(checkpoint_every=160)
+    in_process(config, folder, when=330)
+    state = folder / "checkpoints/state.safetensors"
+    before = state.read_bytes()
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+    script = folder.parent / "limited.py"
+    script.write_text(limit + TRAIN)
+    command = [sys.executable, str(script), config.model_dump_json(), str(folder), "1000000000", "SIGKILL"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "cannot write" in result.stderr.splitlines()[-1]
+    assert state.read_bytes() == before
+    assert not list(state.parent.glob(".*part"))
+    assert run(config, folder) == "trained"
+
+
+def test_exports_load_and_carry_the_config(tiny_run: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "a/seed0"
+    run(tiny_run.edited(images=160), folder)
+    raw, ema = load_gpt(folder / "checkpoints/final.safetensors"), load_gpt(folder / "checkpoints/final-ema.safetensors")
+    assert raw.config == tiny_run.model
+    assert not torch.equal(raw.norm.weight, ema.norm.weight)
+    assert RunFolder(folder).config() == tiny_run.edited(images=160)
+    assert json.loads((folder / "env.json").read_text())["torch"] == torch.__version__
+
+
+def rar(config: RunConfig, **changes: Any) -> RunConfig:
+    return config.edited(policy=AnnealedOrder(), model={**config.model.model_dump(), "target_embedding": True}, **changes)
+
+
+def test_phase_ends_are_kept_and_named(tiny_run: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "a/seed0"
+    run(rar(tiny_run), folder)
+    assert rar(tiny_run).phase_ends == {"random-end": 480, "anneal-end": 720}
+    middle, end = weights(folder, "random-end"), weights(folder)
+    assert not torch.equal(middle["ta_embedding.weight"], end["ta_embedding.weight"])
+    assert torch.equal(weights(folder, "anneal-end")["ta_embedding.weight"], end["ta_embedding.weight"])  # untouched by the raster phase
+    ratios = {r["images"]: r["random_ratio"] for r in RunFolder(folder).records("train")}
+    assert (ratios[480], ratios[960]) == (1.0, 0.0)
+    assert ratios[608] == pytest.approx((720 - 592) / 240)
+
+
+def test_table_starts_as_nothing_and_the_raster_phase_never_reads_it(tiny_run: RunConfig, tmp_path: Path) -> None:
+    """Bug 1 of the study: in the raster phase, and at inference as the study does it, the output does not depend on the table."""
+    from orderlab.models.gpt import GPT
+    from orderlab.training.objectives import objective_for
+
+    objective = objective_for(rar(tiny_run), tmp_path, torch.device("cpu"))
+    model = objective.model.eval()
+    assert isinstance(model, GPT)
+    plain = GPT(tiny_run.model, seed=1)
+    with_table = GPT(rar(tiny_run).model, seed=1)
+    batch = objective.batch(0)
+    assert batch.target_B is not None
+    arguments = (batch.classes_B, batch.tokens_BT, batch.order_BT)
+    assert torch.equal(plain.eval()(*arguments), with_table.eval()(*arguments, target=batch.target_B))
+    model.output.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    late = objective.batch(800)
+    assert late.target_B is None
+    before = [objective.loss(model, late), objective.loss(model, batch)]
+    model.ta_embedding.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    after = [objective.loss(model, late), objective.loss(model, batch)]
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize(("when", "told"), [("random-samples", (16, 0)), ("while-ratio-positive", (16, 0)), ("always", (16, 16))])
+def test_who_is_told_the_target(tiny_run: RunConfig, tmp_path: Path, when: str, told: tuple[int, int]) -> None:
+    from orderlab.training.objectives import objective_for
+
+    objective = objective_for(rar(tiny_run, target_when=when), tmp_path, torch.device("cpu"))
+    found = tuple(0 if (b := objective.batch(images).target_B) is None else int(b.sum()) for images in (0, 800))
+    assert found == told
+    middle = objective.batch(592).target_B
+    assert middle is not None
+    assert (int(middle.sum()) < 16) == (when == "random-samples")
+
+
+def test_two_processes_equal_one_through_all_phases_of_rar(tiny_run: RunConfig, tmp_path: Path) -> None:
+    config = without_dropout(rar(tiny_run)).edited(model={**without_dropout(tiny_run).model.model_dump(), "target_embedding": True})
+    one, two = tmp_path / "one/a/seed0", tmp_path / "two/a/seed0"
+    run(config, one)
+    result = in_process(config, two, processes=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert_close(one, two)
