@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orderlab.config import AnnealedOrder, FixedOrder, RunConfig
+from orderlab.config import RandomOrder, RunConfig
 from orderlab.data.prepare import token_sets
 from orderlab.data.tokens import TokenSet
 from orderlab.errors import UserError
 from orderlab.evaluate.likelihood import nll
 from orderlab.models.formats import save_gpt
 from orderlab.models.gpt import GPT
-from orderlab.order.paths import path
 from orderlab.order.perm import to_steps
 from orderlab.order.policy import draw_orders, random_ratio
 from orderlab.runtime.keys import generator, key
@@ -114,18 +114,21 @@ class Autoregressive:
         return F.cross_entropy(logits_BTV.flatten(0, 1), batch.tokens_BT.flatten())
 
     def validate(self) -> dict[str, float]:
-        """NLL per token on the validation set in the order the run ends in."""
-        policy = self.config.policy
-        name = policy.order if isinstance(policy, FixedOrder | AnnealedOrder) else "raster"
-        order = path(name, *self.config.model.grid)
+        """NLL per token without dropout, on the validation images and on as many training images, in the orders the run ends in."""
+        return {"validation_nll": self._nll(self.validation), "train_nll": self._nll(self.train)}
+
+    def _nll(self, token_set: TokenSet) -> float:
+        """A run that ends in random orders is measured in one per image, the target told as in training."""
+        policy, grid = self.config.policy, self.config.model.grid
         device = next(self.model.parameters()).device
-        total, count = 0.0, 0
-        for start in range(0, len(self.validation), VALIDATION_BATCH):
-            indices = torch.arange(start, min(start + VALIDATION_BATCH, len(self.validation))).numpy()
-            classes_B, tokens_BP = self.validation.read(indices)
-            values = nll(self.model, classes_B.to(device), tokens_BP.to(device), order)
-            total, count = total + float(values.double().sum()), count + values.numel()
-        return {"validation_nll": total / count}
+        is_told = isinstance(policy, RandomOrder) and self.config.model.target_embedding
+        total, count = 0.0, min(len(token_set), len(self.validation))
+        for start in range(0, count, VALIDATION_BATCH):
+            indices = np.arange(start, min(start + VALIDATION_BATCH, count))
+            classes_B, tokens_BP = token_set.read(indices)
+            order_BT, _ = draw_orders(policy, grid, len(indices), 1.0, generator("validation-order", start))
+            total += float(nll(self.model, classes_B.to(device), tokens_BP.to(device), order_BT, target=is_told).double().sum())
+        return total / (count * self.config.model.positions)
 
     def logs(self, images_seen: int) -> dict[str, float]:
         """What belongs beside the loss in the record of a step."""
