@@ -20,11 +20,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optim=OptimConfig(lr=3e-3),
     )  # fmt: skip
     catalog.SCALES["tiny-test"] = scale
-    page = reproduce.run(
-        catalog.rows_named(["2-in100/zigzag", "2-in100/raster-heuristic-sampler"]), "tiny-test", folder, console=Console(quiet=True)
-    )
-    assert page == folder / "reports/tiny-test-seed0/report.html"
+    assert reproduce.run(plan(folder), Console(quiet=True)) == folder / "reports/tiny-test-seed0/report.html"
     return folder
+
+
+def plan(folder: Path, seed: int = 0, rows: tuple[str, ...] = ("2-in100/zigzag", "2-in100/raster-heuristic-sampler")) -> reproduce.Plan:
+    return reproduce.Plan(catalog.rows_named(rows), catalog.SCALES["tiny-test"], folder, seed)
 
 
 def test_one_run_serves_both_rows_and_reads_back(runs: Path) -> None:
@@ -67,7 +68,7 @@ def test_report_names_every_row_and_no_bare_fid(runs: Path) -> None:
 
 def test_a_second_time_nothing_is_done(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()}
-    reproduce.run(catalog.rows_named(["2-in100/zigzag", "2-in100/raster-heuristic-sampler"]), "tiny-test", runs)
+    reproduce.run(plan(runs))
     assert "everything is done" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()} == before
 

@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from orderlab.config import AnnealedOrder, DataConfig, FixedOrder, GPTConfig, OptimConfig, OrderPolicy, RandomOrder, RunConfig, SampleConfig
+from orderlab.config import (
+    AnnealedOrder,
+    DataConfig,
+    FixedOrder,
+    GPTConfig,
+    OptimConfig,
+    OrderPolicy,
+    RandomOrder,
+    RunConfig,
+    SampleConfig,
+    StartConfig,
+)
 from orderlab.errors import UserError
 
 
@@ -27,6 +38,8 @@ class Source:
     inception_score: float | None = None
     precision: float | None = None
     recall: float | None = None
+    loss: float | None = None
+    """Training loss at the end of the last phase, in nats a token."""
 
     def printed(self) -> dict[str, float]:
         names = {
@@ -35,6 +48,7 @@ class Source:
             "IS": self.inception_score,
             "precision": self.precision,
             "recall": self.recall,
+            "training loss": self.loss,
         }
         return {name: value for name, value in names.items() if value is not None}
 
@@ -53,6 +67,8 @@ class Row:
     target: bool | None = None
     """Feed the target-aware embedding at inference; None: as the run was configured (the study: never)."""
     note: str = ""
+    is_headline: bool = False
+    """Scored at several guidance scales, so that one fixed scale decides nothing."""
 
     @property
     def table(self) -> str:
@@ -72,6 +88,14 @@ class Recipe:
     """Training length; 1 unit is 300 epochs at paper scale."""
     target_embedding: bool = False
     """Tell samples in a random order the position they predict (RAR)."""
+    start: str | None = None
+    """The run whose final weights it starts from; "pretrained" is what the scale says."""
+    trained_blocks: int | None = None
+    """Train the last so many blocks, the final norm and the head alone."""
+    has_new_classes: bool = False
+    """Draw the class table anew at the start."""
+    is_pretraining: bool = False
+    """Train on the scale's other half of the data."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +119,27 @@ class Scale:
     """Matrix-product rate that time estimates assume, over all devices (stated wherever an estimate is printed)."""
     micro_batch: int | None = None
     compile: bool = False
+    pretrained: str = "raster-other-half"
+    """What a fine-tune starts from: a run of this scale, or a weight file."""
+    other_half: DataConfig | None = None
+    """The data of that run: images that the fine-tune does not see."""
+    finetune: dict[str, Any] | None = None
+    """What a run that starts from `pretrained` has otherwise: sections of RunConfig."""
+    has_ema_rows: bool = False
+    """Score the moving average of the weights beside the headline rows."""
 
 
 TABLES = {
     "2-in100": "Raster-trained model, nine inference orders (IN-100)",
     "2-in1k": "Raster-trained model, inference orders (IN-1K)",
     "3-fixed": "Models trained and sampled in one fixed order (IN-100)",
+    "3-finetune": "Raster fine-tunes of a pretrained model (IN-100)",
     "4-random-v1": "Random orders without the target embedding (IN-100)",
     "5-fair": "RAR against raster at equal budget (IN-100)",
     "5-ablation": "RAR's ablations and longer schedule (IN-100)",
     "5-in1k": "RAR on ImageNet-1K",
+    "ours-finetune": "Ours: the pretrained model as it is, and with new class rows",
+    "ours-schedule": "Ours: other shares of random, anneal and raster; RAR from a raster model",
     "ours-target": "Ours: the target embedding fed at inference too",
     "ours-any-order": "Ours: RAR at the end of its random phase, under nine orders",
 }
@@ -129,18 +164,23 @@ ROWS: tuple[Row, ...] = (
     Row("2-in1k/random-seed0",              "IN-1K",  "raster-300", "random:0",      Source(151.23, 66.11)),
     Row("2-in1k/reverse",                   "IN-1K",  "raster-300", "reverse",       Source(154.35, 68.76)),
     # Section 3: trained from scratch in one order, sampled in the same order.
-    Row("3-fixed/diagonal",                 "IN-100", "fixed-diagonal",     "diagonal",     Source(24.97, 65.99)),
+    Row("3-fixed/diagonal",                 "IN-100", "fixed-diagonal",     "diagonal",     Source(24.97, 65.99), is_headline=True),
     Row("3-fixed/raster",                   "IN-100", "raster-300",         "raster",       Source(25.40, 66.33), note="the study lists its original checkpoint here"),
     Row("3-fixed/column-major",             "IN-100", "fixed-column-major", "column-major", Source(25.95, 66.26)),
     Row("3-fixed/zigzag",                   "IN-100", "fixed-zigzag",       "zigzag",       Source(26.35, 66.18)),
     Row("3-fixed/spiral",                   "IN-100", "fixed-spiral",       "spiral",       Source(30.94, 66.42)),
     Row("3-fixed/random-fixed",             "IN-100", "fixed-random",       "random:0",     Source(44.74, 66.78)),
+    # Raster fine-tunes of c2i_B_256.pt, all of it or its last blocks.
+    Row("3-finetune/all-layers",            "IN-100", "finetune-all",    "raster", Source(17.57, 67.18), note="about 600 epochs in all, the first 300 on ImageNet-1K"),
+    Row("3-finetune/last-4-blocks",         "IN-100", "finetune-last-4", "raster", Source(58.68, 67.64)),
+    Row("3-finetune/last-2-blocks",         "IN-100", "finetune-last-2", "raster", Source(92.69, 70.41)),
+    Row("3-finetune/last-1-block",          "IN-100", "finetune-last-1", "raster", Source(98.62, 71.92)),
     # Section 4: a fresh random order for each image and step, the target's position not told.
-    Row("4-random-v1/raster-inference",     "IN-100", "random-v1", "raster",   Source(159.41, 115.89)),
-    Row("4-random-v1/random-inference",     "IN-100", "random-v1", "random:0", Source(163.98, 121.23)),
+    Row("4-random-v1/raster-inference",     "IN-100", "random-v1", "raster",   Source(159.41, 115.89, loss=8.45)),
+    Row("4-random-v1/random-inference",     "IN-100", "random-v1", "random:0", Source(163.98, 121.23, loss=8.45)),
     # Section 5: RAR, and what is left of it without its parts. The study never feeds the target embedding at inference.
-    Row("5-fair/raster-300",                "IN-100", "raster-300", "raster",  Source(25.40, 66.33, 49.18, 0.672, 0.471)),
-    Row("5-fair/rar-300",                   "IN-100", "rar-300",    "raster",  Source(19.61, None, 61.82, 0.684, 0.531)),
+    Row("5-fair/raster-300",                "IN-100", "raster-300", "raster",  Source(25.40, 66.33, 49.18, 0.672, 0.471, loss=6.8), is_headline=True, note="the study's loss is 6.30 in its Sections 4 and 8"),
+    Row("5-fair/rar-300",                   "IN-100", "rar-300",    "raster",  Source(19.61, None, 61.82, 0.684, 0.531, loss=7.11), is_headline=True),
     Row("5-ablation/rar-400",               "IN-100", "rar-400",    "raster",  Source(18.94, 66.25)),
     Row("5-ablation/rar-400-random-inference",              "IN-100", "rar-400",          "random:0", Source(176.04, 123.49)),
     Row("5-ablation/random-no-anneal",                      "IN-100", "random-no-anneal", "raster",   Source(151.10, 110.44)),
@@ -148,6 +188,16 @@ ROWS: tuple[Row, ...] = (
     Row("5-ablation/random-no-target-embedding",            "IN-100", "random-v1",        "raster",   Source(159.41, 115.89)),
     Row("5-in1k/raster-300",                "IN-1K",  "raster-300", "raster",  Source(5.32)),
     Row("5-in1k/rar-300",                   "IN-1K",  "rar-300",    "raster",  Source(), note="the study's run had not ended"),
+    # Ours: what the fine-tunes start from, and whether new class rows explain the study's 98.62.
+    Row("ours-finetune/c2i-0-epochs",               "IN-100", "pretrained",                   "raster", Source()),
+    Row("ours-finetune/last-1-block-new-classes",   "IN-100", "finetune-last-1-new-classes",  "raster", Source()),
+    # Ours: the study's open questions about the schedule.
+    Row("ours-schedule/rar-25-50",                  "IN-100", "rar-25-50",     "raster", Source()),
+    Row("ours-schedule/rar-25-75",                  "IN-100", "rar-25-75",     "raster", Source()),
+    Row("ours-schedule/rar-50-50",                  "IN-100", "rar-50-50",     "raster", Source()),
+    Row("ours-schedule/rar-50-100",                 "IN-100", "rar-50-100",    "raster", Source()),
+    Row("ours-schedule/rar-75-100",                 "IN-100", "rar-75-100",    "raster", Source()),
+    Row("ours-schedule/rar-continued",              "IN-100", "rar-continued", "raster", Source()),
     # Ours, beside the study's: the same checkpoints with the target's position told at inference, as every paper's code does.
     Row("ours-target/random-no-anneal-raster", "IN-100", "random-no-anneal", "raster",   Source(), target=True),
     Row("ours-target/random-no-anneal-random", "IN-100", "random-no-anneal", "random:0", Source(), target=True),
@@ -166,10 +216,23 @@ RECIPES: dict[str, Recipe] = {
     "fixed-zigzag":       Recipe(FixedOrder(order="zigzag")),
     "fixed-spiral":       Recipe(FixedOrder(order="spiral")),
     "fixed-random":       Recipe(FixedOrder(order="random:0")),
+    "raster-other-half":  Recipe(FixedOrder(order="raster"), is_pretraining=True),
+    "pretrained":         Recipe(FixedOrder(order="raster"), units=0, start="pretrained"),
+    "finetune-all":       Recipe(FixedOrder(order="raster"), start="pretrained"),
+    "finetune-last-4":    Recipe(FixedOrder(order="raster"), start="pretrained", trained_blocks=4),
+    "finetune-last-2":    Recipe(FixedOrder(order="raster"), start="pretrained", trained_blocks=2),
+    "finetune-last-1":    Recipe(FixedOrder(order="raster"), start="pretrained", trained_blocks=1),
+    "finetune-last-1-new-classes": Recipe(FixedOrder(order="raster"), start="pretrained", trained_blocks=1, has_new_classes=True),
     "random-v1":          Recipe(RandomOrder()),
     "random-no-anneal":   Recipe(RandomOrder(), target_embedding=True),
     "rar-300":            Recipe(AnnealedOrder(start=0.5, end=0.75), target_embedding=True),              # 150 + 75 + 75 epochs
     "rar-400":            Recipe(AnnealedOrder(start=0.5, end=0.75), units=4 / 3, target_embedding=True),  # 200 + 100 + 100
+    "rar-25-50":          Recipe(AnnealedOrder(start=0.25, end=0.50), target_embedding=True),
+    "rar-25-75":          Recipe(AnnealedOrder(start=0.25, end=0.75), target_embedding=True),
+    "rar-50-50":          Recipe(AnnealedOrder(start=0.50, end=0.50), target_embedding=True),
+    "rar-50-100":         Recipe(AnnealedOrder(start=0.50, end=1.00), target_embedding=True),
+    "rar-75-100":         Recipe(AnnealedOrder(start=0.75, end=1.00), target_embedding=True),
+    "rar-continued":      Recipe(AnnealedOrder(start=0.5, end=0.75), target_embedding=True, start="raster-300"),
 }
 # fmt: on
 
@@ -178,6 +241,9 @@ TINY = GPTConfig(layers=2, heads=2, dim=32, ffn_hidden=96, grid=(8, 8), vocabula
 ABOUT_1M = GPTConfig(layers=4, heads=4, dim=128, ffn_hidden=384, grid=(8, 8), vocabulary=512, classes=10)
 ABOUT_10M = GPTConfig(layers=8, heads=8, dim=320, ffn_hidden=896, grid=(16, 16), vocabulary=512, classes=10)
 GPT_B = GPTConfig(layers=12, heads=12, dim=768, classes=100)
+GPT_L, GPT_XL = GPT_B.edited(layers=24, heads=16, dim=1024), GPT_B.edited(layers=36, heads=20, dim=1280)
+GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of headline rows
+C2I_B = "c2i_B_256.pt"  # LlamaGen's GPT-B after 300 epochs of ImageNet-1K
 
 SCALES: dict[str, Scale] = {
     scale.name: scale
@@ -193,6 +259,7 @@ SCALES: dict[str, Scale] = {
             sample_images=160,
             sample_batch=160,
             precision="fp32",
+            other_half=FASHION.edited(train_images=2000, skip_images=2000),
         ),
         Scale(
             "demo",
@@ -207,6 +274,7 @@ SCALES: dict[str, Scale] = {
             precision="fp32",  # faster than autocast at this size on a CPU
             validate_every=24_000,
             checkpoint_every=24_000,
+            other_half=FASHION.edited(train_images=5000),
         ),
         Scale(
             "toy",
@@ -221,6 +289,8 @@ SCALES: dict[str, Scale] = {
             precision="fp32",
             validate_every=10_000,
             checkpoint_every=5_000,
+            other_half=FASHION.edited(train_images=2000, skip_images=2000),
+            has_ema_rows=True,
         ),
         Scale(
             "small",
@@ -237,6 +307,8 @@ SCALES: dict[str, Scale] = {
             hardware="1 GPU",
             sustained_tflops=20,
             compile=True,
+            other_half=FASHION.edited(tokenizer="fashion-16x16", folder="fashion-mnist", train_images=30_000),
+            has_ema_rows=True,
         ),
         Scale(
             "paper",
@@ -253,6 +325,9 @@ SCALES: dict[str, Scale] = {
             hardware="4×H100",
             sustained_tflops=4 * 989 * 0.35,
             compile=True,
+            pretrained=C2I_B,
+            finetune={"model": {"classes": 1000}, "data": {"classes": "imagenet-1k"}},  # labels take their rows of the 1,000, by WordNet id
+            has_ema_rows=True,
         ),
         Scale(
             "paper-1k",
@@ -269,8 +344,21 @@ SCALES: dict[str, Scale] = {
             hardware="4×H100",
             sustained_tflops=4 * 989 * 0.35,
             compile=True,
+            pretrained=C2I_B,
+            has_ema_rows=True,
         ),
     )
+}
+SCALES |= {  # the study's question about size
+    f"{name}-{size}": replace(
+        SCALES[name],
+        name=f"{name}-{size}",
+        description=SCALES[name].description.replace("GPT-B", f"GPT-{size}"),
+        model=model.edited(classes=SCALES[name].model.classes),
+        pretrained=f"c2i_{size}_256.pt",
+    )
+    for name in ("paper", "paper-1k")
+    for size, model in {"L": GPT_L, "XL": GPT_XL}.items()
 }
 
 
@@ -316,27 +404,39 @@ def run_named(name: str) -> str:
     return row.run
 
 
-def alias_note(row: Row, scale: Scale) -> str:
-    """What a row's data set means at this scale."""
+def row_note(row: Row, scale: Scale) -> str:
+    """What a row's data set and recipe mean at this scale."""
+    notes = [row.note]
     if row.dataset == "IN-1K" and scale.data.source != "imagenet":
-        return "the small scales have one data set: the same as its IN-100 twin"
-    return row.note
+        notes = ["the small scales have one data set: the same as its IN-100 twin"]
+    blocks = RECIPES[row.run].trained_blocks
+    if blocks and blocks >= scale.model.layers:
+        notes.append(f"this scale's model has {scale.model.layers} blocks: all of them train, the embeddings do not")
+    return "; ".join(note for note in notes if note)
 
 
 def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConfig:
-    """The config of a run: defaults < recipe < scale < `changes` (fields of RunConfig, or "optim.lr" and the like)."""
+    """The config of a run: defaults < recipe < scale < `changes` (fields of RunConfig, or "optim.lr" and the like).
+
+    "start.file" puts a weight file in the place of what the recipe starts from.
+    """
     if run not in RECIPES:
         raise nearest(run, RECIPES, "run")
     recipe, scale = RECIPES[run], scale_named(scale_name)
+    data = scale.other_half if recipe.is_pretraining else scale.data
+    if data is None:
+        raise UserError(f"scale {scale.name} has no run {run}: its fine-tunes start from {scale.pretrained}")
     config: dict[str, Any] = {
         "recipe": run,
         "scale": scale.name,
         "seed": seed,
-        "data": scale.data.model_dump(),
+        "data": data.model_dump(),
         "model": {**scale.model.model_dump(), "target_embedding": recipe.target_embedding},
         "policy": recipe.policy.model_dump(),
         "optim": scale.optim.model_dump(),
-        "images": max(scale.batch, round(recipe.units * scale.unit_images)),
+        "start": _start(recipe, scale),
+        "trained_blocks": recipe.trained_blocks and min(recipe.trained_blocks, scale.model.layers),
+        "images": max(scale.batch, round(recipe.units * scale.unit_images)) if recipe.units else 0,
         "batch": scale.batch,
         "micro_batch": scale.micro_batch,
         "precision": scale.precision,
@@ -344,6 +444,13 @@ def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConf
         "validate_every": scale.validate_every,
         "checkpoint_every": scale.checkpoint_every,
     }
+    if recipe.start == "pretrained":
+        for section, values in (scale.finetune or {}).items():
+            config[section] = {**config[section], **values}
+    if start_file := changes.pop("start.file", None):
+        if config["start"] is None:
+            raise UserError(f"run {run} starts from fresh weights; --start FILE is for runs such as finetune-all")
+        config["start"] |= {"run": None, "file": start_file}
     for name, value in changes.items():
         *parents, leaf = name.split(".")
         section = config
@@ -355,6 +462,37 @@ def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConf
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{'.'.join(map(str, first['loc'])) or 'config'}: {first['msg']} (got {first['input']!r:.60})") from None
+
+
+def _start(recipe: Recipe, scale: Scale) -> dict[str, Any] | None:
+    if recipe.start is None:
+        return None
+    name = scale.pretrained if recipe.start == "pretrained" else recipe.start
+    place = {"run": name} if name in RECIPES else {"file": name}
+    return StartConfig(**place, class_rows="new" if recipe.has_new_classes else "keep").model_dump()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One sample set of a row: its settings and the checkpoint it is drawn from."""
+
+    sample: SampleConfig
+    checkpoint: str
+
+    @property
+    def label(self) -> str:
+        averaged = ", averaged weights" if self.checkpoint.endswith("-ema") else ""
+        return f"guidance {self.sample.guidance:g}{averaged}"
+
+
+def variants(row: Row, scale: Scale, seed: int = 0) -> list[Variant]:
+    """A row's sample sets: its own first, then a headline row's other guidance scales and averaged weights."""
+    own = sample_config(row, scale, seed)
+    found = [Variant(own, row.checkpoint)]
+    if row.is_headline:
+        found += [Variant(own.edited(guidance=guidance), row.checkpoint) for guidance in GUIDANCES if guidance != own.guidance]
+        found += [Variant(own, f"{row.checkpoint}-ema")] if scale.has_ema_rows else []
+    return found
 
 
 def sample_config(row: Row, scale: Scale, seed: int = 0) -> SampleConfig:

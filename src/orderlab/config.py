@@ -81,6 +81,8 @@ class GPTConfig(Frozen):
     """Learn a target-aware positional embedding (RAR): slot j is told the position it predicts."""
     target_at_inference: bool = False
     """Feed the target embedding in sampling and likelihood too."""
+    slot_bias: bool = False
+    """Add a row to each input slot: what a target table becomes when it is merged for one order (`merge_target`)."""
 
     @property
     def positions(self) -> int:
@@ -113,6 +115,10 @@ class DataConfig(Frozen):
     """Name of the image tokenizer whose codes are the tokens."""
     train_images: int | None = Field(None, ge=1)
     """Use the first so many training images (balanced over classes); all when empty."""
+    skip_images: int = Field(0, ge=0)
+    """Leave out the first so many training images (balanced over classes)."""
+    classes: Literal["own", "imagenet-1k"] = "own"
+    """Which class table the labels index: the data's own, or for ImageNet-100 tokens ImageNet-1K's, by WordNet id."""
     flip: bool = True
     """Store the mirrored view of each training image too; each draw takes one view."""
 
@@ -133,6 +139,25 @@ class OptimConfig(Frozen):
     """Upper bound of the decay of the weights' moving average; 0 keeps none."""
 
 
+class StartConfig(Frozen):
+    """Where a run's weights start: at a checkpoint of another run of the same scale and seed, or at a weight file."""
+
+    run: str | None = None
+    """Recipe of the other run."""
+    checkpoint: str = "final"
+    """Which of its checkpoints."""
+    file: str | None = None
+    """A weight file, ours or LlamaGen's (c2i_B_256.pt)."""
+    class_rows: Literal["keep", "new"] = "keep"
+    """Keep the table of class embeddings, or draw it anew."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> StartConfig:
+        if (self.run is None) == (self.file is None):
+            raise ValueError("a start is either a run or a file")
+        return self
+
+
 class RunConfig(Frozen):
     """One training run, fully resolved."""
 
@@ -143,8 +168,12 @@ class RunConfig(Frozen):
     model: GPTConfig = GPTConfig()
     policy: OrderPolicy = FixedOrder()
     optim: OptimConfig = OptimConfig()
-    images: int = Field(ge=1)
-    """Training length, in images seen."""
+    start: StartConfig | None = None
+    """Weights to start from; fresh ones when empty."""
+    trained_blocks: int | None = Field(None, ge=1)
+    """Train the last so many blocks, the final norm and the output head alone; everything when empty."""
+    images: int = Field(ge=0)
+    """Training length, in images seen; 0 takes the starting weights as they are."""
     batch: int = Field(256, ge=1)
     """Global batch, in images."""
     micro_batch: int | None = Field(None, ge=1)

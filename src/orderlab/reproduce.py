@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from orderlab import cost
-from orderlab.catalog import Row, Scale, alias_note, resolve, sample_config, scale_named
+from orderlab.catalog import Row, Scale, resolve, row_note, sample_config, scale_named, variants
+from orderlab.config import RunConfig
 from orderlab.evaluate import likelihood, score
 from orderlab.report.build import build
 from orderlab.report.collect import collect, run_folder
@@ -29,6 +30,17 @@ class Plan:
     scale: Scale
     runs: Path
     seed: int
+    data: Path | None = None
+    """Folder of token sets or images, in place of the scale's."""
+    start: Path | None = None
+    """Weight file that fine-tunes start from, in place of the scale's."""
+
+    def config(self, run_name: str) -> RunConfig:
+        config = resolve(run_name, self.scale.name, self.seed)
+        changes = {"data.folder": str(self.data)} if self.data else {}
+        if self.start and config.start and config.start.file:
+            changes["start.file"] = str(self.start)
+        return resolve(run_name, self.scale.name, self.seed, **changes)
 
     @property
     def report(self) -> Path:
@@ -38,31 +50,31 @@ class Plan:
         folder = run_folder(self.runs, row.run, self.scale, self.seed)
         if folder.status()["state"] != "trained" or not folder.scores.exists() or not (folder.root / "nll.json").exists():
             return False
-        name = sample.sample_name(sample_config(row, self.scale, self.seed), row.checkpoint)
+        names = {sample.sample_name(variant.sample, variant.checkpoint) for variant in variants(row, self.scale, self.seed)}
         key = likelihood.result_key(row.order, row.checkpoint, row.target)
-        return name in read_json(folder.scores) and key in read_json(folder.root / "nll.json")
+        return names <= set(read_json(folder.scores)) and key in read_json(folder.root / "nll.json")
 
 
-def run(rows: list[Row], scale_name: str, runs: Path, *, seed: int = 0, console: Console | None = None) -> Path | None:
-    """Carry out the rows at a scale; returns the report's page, or None when training was told to stop."""
+def run(plan: Plan, console: Console | None = None) -> Path | None:
+    """Carry out the rows of a plan; returns the report's page, or None when training was told to stop."""
     console = console or Console()
-    plan = Plan(rows, scale_named(scale_name), runs, seed)
+    rows = plan.rows
     page = plan.report / "report.html"
     todo = [row for row in rows if not plan.is_done(row)]
     if not todo and page.exists():
-        console.say(f"everything is done: {len(rows)} rows at scale {scale_name}, seed {seed}")
+        console.say(f"everything is done: {len(rows)} rows at scale {plan.scale.name}, seed {plan.seed}")
         _print_table(plan, console)
         console.say(f"report: {page}")
         return page
     clock = time.perf_counter()
-    console.say(f"{len(rows)} rows at scale {scale_name} ({len(rows) - len(todo)} done): {plan.scale.description}")
+    console.say(f"{len(rows)} rows at scale {plan.scale.name} ({len(rows) - len(todo)} done): {plan.scale.description}")
     for run_name in dict.fromkeys(row.run for row in todo):
         if _train(run_name, plan, console) == "stopped":
             console.say("stopped; the same command goes on from here")
             return None
     for number, row in enumerate(todo, start=1):
         _carry_out(row, plan, console, f"row {number}/{len(todo)} {row.id}")
-    page = build(collect(rows, plan.scale, runs, seed), plan.report)[0]
+    page = build(collect(rows, plan.scale, plan.runs, plan.seed), plan.report)[0]
     _print_table(plan, console)
     console.say(f"done in {(time.perf_counter() - clock) / 60:.1f} minutes · report: {page}")
     return page
@@ -79,7 +91,10 @@ def dry_run(rows: list[Row], scale_name: str, seed: int) -> dict[str, Any]:
 
 
 def _train(run_name: str, plan: Plan, console: Console) -> str:
-    config = resolve(run_name, plan.scale.name, plan.seed)
+    """Train a run, and first the run it starts from."""
+    config = plan.config(run_name)
+    if config.start and config.start.run and _train(config.start.run, plan, console) == "stopped":
+        return "stopped"
     folder = run_folder(plan.runs, run_name, plan.scale, plan.seed)
     if folder.status()["state"] == "trained":
         return loop.run(config, folder.root, cache=plan.runs / "tokens")
@@ -93,13 +108,13 @@ def _train(run_name: str, plan: Plan, console: Console) -> str:
 
 
 def _carry_out(row: Row, plan: Plan, console: Console, title: str) -> None:
-    """Sample, measure and score one row, then print its line."""
+    """Sample and score one row in all its variants, measure its likelihood, then print its line."""
     folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
-    config = sample_config(row, plan.scale, plan.seed)
-    with console.progress(title, config.images) as bar:
-        out = sample.run(config, folder.root, checkpoint=row.checkpoint, progress=lambda done, total: bar.update(done))
+    for variant in variants(row, plan.scale, plan.seed):
+        with console.progress(f"{title}, {variant.label}", variant.sample.images) as bar:
+            out = sample.run(variant.sample, folder.root, checkpoint=variant.checkpoint, progress=lambda done, total: bar.update(done))
+        score.run(folder.root, samples=[out.name])
     likelihood.run(folder.root, [row.order], checkpoint=row.checkpoint, target=row.target)
-    score.run(folder.root, samples=[out.name])
     console.say(_line(row, plan))
 
 
@@ -113,7 +128,7 @@ def _line(row: Row, plan: Plan) -> str:
     paper = f"{row.source.fid:g}" if row.source.fid is not None else ""
     return (
         f"{row.id:<45} FD-fashion {distance['value']:7.2f} ± {distance['standard_error']:.2f}"
-        f"  labels {agreement:4.0%}  NLL {nll:6.3f}  source FID-5K {paper:>6}  {alias_note(row, plan.scale)}"
+        f"  labels {agreement:4.0%}  NLL {nll:6.3f}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}"
     ).rstrip()
 
 

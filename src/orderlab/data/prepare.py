@@ -17,6 +17,7 @@ import torch
 
 from orderlab.config import DataConfig
 from orderlab.data.fashion import ASSETS, Split, first_of_each_class, load_fashion, to_uint8, to_unit_range
+from orderlab.data.imagenet import class_rows
 from orderlab.data.tokens import TokenMeta, TokenSet, write_token_set
 from orderlab.errors import UserError
 from orderlab.models.vq import VQ, load_vq, tokenizer_hash
@@ -41,17 +42,27 @@ def token_sets(data: DataConfig, grid: tuple[int, int], cache: Path) -> tuple[To
     if data.source == "imagenet":
         if data.folder is None:
             raise UserError("ImageNet tokens need data.folder: a folder with the token sets train/ and validation/")
-        sets = TokenSet(Path(data.folder) / "train"), TokenSet(Path(data.folder) / "validation")
+        sets = tuple(_imagenet_set(Path(data.folder) / split, data) for split in SPLITS)
     else:
         folder = cache / _cache_name(data)
         if not all((folder / split / "meta.json").exists() for split in SPLITS):
             _encode_fashion(data, folder)
-        sets = TokenSet(folder / "train"), TokenSet(folder / "validation")
+        sets = tuple(TokenSet(folder / split) for split in SPLITS)
     for token_set in sets:
         if token_set.meta.grid != grid:
             found, expected = ("x".join(map(str, g)) for g in (token_set.meta.grid, grid))
             raise UserError(f"{token_set.folder} holds {found} tokens; the model's grid is {expected}")
-    return sets
+    return sets[0], sets[1]
+
+
+def _imagenet_set(folder: Path, data: DataConfig) -> TokenSet:
+    token_set = TokenSet(folder)
+    if data.classes == "own":
+        return token_set
+    rows = class_rows(data, token_set.meta.classes)
+    if token_set.meta.classes != len(rows):
+        raise UserError(f"{folder} has {token_set.meta.classes} classes; data.classes=imagenet-1k places the {len(rows)} of ImageNet-100")
+    return TokenSet(folder, rows)
 
 
 def decode(vq: VQ, tokens_NP: np.ndarray | torch.Tensor, batch: int = 250) -> np.ndarray:
@@ -64,16 +75,26 @@ def decode(vq: VQ, tokens_NP: np.ndarray | torch.Tensor, batch: int = 250) -> np
 def fashion_images(data: DataConfig, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 [N, 32, 32], labels [N]) of one split of a fashion config."""
     images, labels = load_fashion(split, Path(data.folder) if data.folder else None)
-    if split == "train" and data.train_images is not None:
-        rows = first_of_each_class(labels, data.train_images // (int(labels.max()) + 1))
+    if split == "train" and (data.train_images is not None or data.skip_images):
+        rows = _balanced_rows(labels, data)
         images, labels = images[rows], labels[rows]
     return images, labels
+
+
+def _balanced_rows(labels: np.ndarray, data: DataConfig) -> np.ndarray:
+    """The same number of rows of each class, those to be skipped left out."""
+    classes = int(labels.max()) + 1
+    skipped = data.skip_images // classes
+    kept = (data.train_images or len(labels) - data.skip_images) // classes
+    rows = first_of_each_class(labels, skipped + kept)
+    return np.setdiff1d(rows, first_of_each_class(labels, skipped))
 
 
 def _cache_name(data: DataConfig) -> str:
     parts = [
         data.folder or "embedded",
         data.train_images or "all",
+        *([f"skip {data.skip_images}"] if data.skip_images else []),
         "flip" if data.flip else "plain",
         tokenizer_hash(tokenizer(data.tokenizer)),
     ]

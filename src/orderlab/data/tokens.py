@@ -40,8 +40,9 @@ class TokenMeta(Frozen):
 class TokenSet:
     """An opened token set; raises `UserError` when a file is missing, damaged or does not fit the others."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, class_rows: np.ndarray | None = None):
+        """`class_rows` gives each of the set's classes its row in the model's class table; the same number when None."""
+        self.folder, self.class_rows = Path(folder), class_rows
         try:
             self.meta = TokenMeta.model_validate(read_json(self.folder / "meta.json"))
         except ValidationError as error:
@@ -60,7 +61,8 @@ class TokenSet:
             raise UserError(
                 f"{self.folder / 'tokens.npy'} holds code {int(tokens_BP.max())}, the vocabulary has {self.meta.vocabulary}; tokenize the images again"
             )
-        return torch.from_numpy(self.labels[indices].astype(np.int64)), tokens_BP
+        labels_B = self.labels[indices].astype(np.int64)
+        return torch.from_numpy(labels_B if self.class_rows is None else self.class_rows[labels_B]), tokens_BP
 
     def batch(self, seed: int, images_seen: int, count: int) -> tuple[Tensor, Tensor]:
         """The global batch that follows `images_seen`: each epoch is one permutation, each draw takes one random view."""

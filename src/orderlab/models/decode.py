@@ -106,6 +106,8 @@ class CachedDecoder:
         """Logits of the next slot. The first call (None) feeds the class, later ones the token of the step before."""
         model, t = self.model, self.cache.length
         x_RD = model.cls_embedding(self.classes_R) if tokens_R is None else model.tok_embeddings(tokens_R)
+        if model.config.slot_bias:
+            x_RD = x_RD + model.slot_bias.weight[t]
         ta_RTD = model.target_rows(self.order_RT[:, t : t + 1], self.target)
         if ta_RTD is not None:
             x_RD = x_RD + ta_RTD[:, 0]

@@ -20,6 +20,7 @@ from orderlab.config import GPTConfig
 from orderlab.errors import UserError
 from orderlab.models.gpt import GPT, PRESETS
 from orderlab.models.weights import load_state, read_pickle, read_safetensors, save_weights, without_prefixes
+from orderlab.order.perm import as_batch, rows_at
 
 WRAPPER_KEYS = ("model", "module", "state_dict")  # DDP, DeepSpeed, Lightning; else the file is the state dict (FSDP)
 log = logging.getLogger("orderlab")
@@ -102,10 +103,28 @@ def _config_from_shapes(weights: WeightFile, file: str | Path, heads: int | None
             classes=tensors["cls_embedding.embedding_table.weight"].shape[0] - 1,
             ffn_hidden=tensors["layers.0.feed_forward.w1.weight"].shape[0],
             target_embedding="ta_embedding.weight" in tensors,
+            slot_bias="slot_bias.weight" in tensors,
             **{ours: float(header[theirs]) for ours, theirs in LLAMAGEN_DROPOUTS.items() if theirs in header},
         )
     except ValidationError as error:
         raise UserError(f"checkpoint {file}: {error.errors()[0]['msg']}") from None
+
+
+def merge_target(model: GPT, order: Tensor) -> GPT:
+    """The same model for one order [P] with its target table merged into a bias per input slot, as RAR exports (2411.00776).
+
+    Under that order it gives what `model` gives with `target=True`, and needs no table; other orders are lost. Raises
+    `UserError` for a model without a table.
+    """
+    if not model.config.target_embedding:
+        raise UserError("this model has no target embedding to merge; train one with target_embedding=True")
+    order_T = as_batch(order, 1, model.config.positions)[0].to(model.norm.weight.device)
+    config = model.config.edited(target_embedding=False, target_at_inference=False, slot_bias=True)
+    tensors = model.state_dict()
+    tensors["slot_bias.weight"] = rows_at(tensors.pop("ta_embedding.weight"), order_T)
+    merged = GPT(config, device="meta").to_empty(device=order_T.device)
+    merged.load_state_dict(tensors)
+    return merged.train(model.training)
 
 
 LLAMAGEN_DROPOUTS = {"token_dropout": "token_dropout_p", "residual_dropout": "resid_dropout_p", "ffn_dropout": "ffn_dropout_p"}

@@ -58,6 +58,8 @@ class GPT(nn.Module):
             self.tok_embeddings = nn.Embedding(config.vocabulary, config.dim)
             if config.target_embedding:
                 self.ta_embedding = nn.Embedding(config.positions, config.dim)
+            if config.slot_bias:
+                self.slot_bias = nn.Embedding(config.positions, config.dim)
             self.tok_dropout = nn.Dropout(config.token_dropout)
             self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
             self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -72,7 +74,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
-            elif name in ("output.weight", "ta_embedding.weight"):
+            elif name in ("output.weight", "ta_embedding.weight", "slot_bias.weight"):
                 parameter.zero_()
             else:
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
@@ -101,6 +103,8 @@ class GPT(nn.Module):
     def embed(self, classes_B: Tensor, inputs_BT: Tensor, order_BT: Tensor, target: bool | Tensor | None) -> Tensor:
         """Input slots [class, tokens], the target table added before the dropout. `order_BT` has one step more than `inputs_BT`."""
         h_BTD = torch.cat([self.cls_embedding(classes_B)[:, None], self.tok_embeddings(inputs_BT)], dim=1)
+        if self.config.slot_bias:
+            h_BTD = h_BTD + self.slot_bias.weight[: h_BTD.shape[1]]
         ta_BTD = self.target_rows(order_BT, target)
         return self.tok_dropout(h_BTD if ta_BTD is None else h_BTD + ta_BTD)
 

@@ -16,6 +16,7 @@ from orderlab.report.data import Playback, ReportData, Table
 from orderlab.report.palette import css_variables, order_key
 from orderlab.report.summary import RankAgreement, headline, rank_agreement
 from orderlab.report.tables import Column, cost_columns, quality_columns
+from orderlab.report.takeaways import takeaways
 from orderlab.runtime.files import write_atomically
 
 SOURCE = "LlamaGen Ordering Experiments"
@@ -28,7 +29,8 @@ FASHION = [
 ]
 READING = [
     "Each metric is named with its feature network; N is the number of generated images (for NLL: of validation images), "
-    "ref of reference images. ± is one standard error of this measurement, not the spread over training seeds.",
+    "ref of reference images. ± is one standard error of this measurement, not the spread over training seeds; where a cell counts "
+    "seeds, it is their mean and ± their standard deviation.",
     "An empty cell was not measured. No number of ours is copied from the source.",
     "NLL is in nats a token on validation images. Above ln V (†) the model does worse than a uniform guess: it is not ignorant but "
     "sure of something else, the token of another position.",
@@ -148,6 +150,7 @@ def _render(template: str, data: ReportData, sections: list[Section]) -> str:
         data=data,
         sections=sections,
         facts=headline(data),
+        takeaways=takeaways(data),
         source=SOURCE,
         light=css_variables(0),
         dark=css_variables(1),

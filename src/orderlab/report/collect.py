@@ -7,11 +7,12 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 
-from orderlab.catalog import TABLES, Row, Scale, alias_note, resolve, sample_config
+from orderlab.catalog import TABLES, Row, Scale, Variant, resolve, row_note, sample_config, variants
 from orderlab.config import AnnealedOrder, RunConfig, SampleConfig
 from orderlab.data.fashion import CLASSES
 from orderlab.data.prepare import decode, tokenizer
@@ -64,6 +65,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
         for table, title in TABLES.items()
         if any(row.table == table for row in rows)
     ]
+    tables += _headline_variants(rows, scale, runs, seed) + _training(configs, rows, scale, runs, seed)
     return ReportData(
         title="Token order in autoregressive image generation",
         scale=scale.name,
@@ -87,6 +89,9 @@ def _intro(table: str, scale: Scale) -> str:
         "2-in100": "One raster-trained model, its weights frozen; only the order of generation changes.",
         "2-in1k": "The study repeats the comparison with the released ImageNet-1K checkpoint.",
         "3-fixed": "Each model is trained from scratch in one order and generates in the same order.",
+        "3-finetune": "Raster training goes on from a pretrained model, on images it has not seen: all of it, or its last blocks.",
+        "ours-finetune": "What the fine-tunes start from, and a last-block fine-tune whose class rows are drawn anew.",
+        "ours-schedule": "Names give the shares of training, in per cent, at which the anneal starts and ends.",
         "4-random-v1": "A fresh random order for each image and step, the position asked for not told.",
         "5-fair": "Random orders annealed to raster against raster, at the same number of images seen.",
         "5-ablation": "What is left of RAR without its parts; the target embedding is never fed at inference, as in the study.",
@@ -98,23 +103,108 @@ def _intro(table: str, scale: Scale) -> str:
 
 def _row(row: Row, scale: Scale, runs: Path, seed: int) -> ReportRow:
     folder = run_folder(runs, row.run, scale, seed)
-    config = sample_config(row, scale, seed)
-    name = sample_name(config, row.checkpoint)
-    scored = _json(folder.scores).get(name, {})
-    metrics = {r["metric"]: Value(r["value"], r["standard_error"], r["n"], r["n_reference"]) for r in scored.get("records", [])}
-    likelihood = _json(folder.root / "nll.json").get(result_key(row.order, row.checkpoint, row.target))
+    own = variants(row, scale, seed)[0]
+    name = sample_name(own.sample, own.checkpoint)
+    training = _phase_losses(folder, row.run, scale, seed)
+    metrics = _metrics(row, own, scale, runs, seed)
+    if row.source.loss is not None and training:
+        metrics["training loss"] = list(training.values())[-1]
     return ReportRow(
         id=row.id,
         label=row.label,
         order=row.order,
         sampler=row.sampler,
         metrics=metrics,
-        nll=Value(likelihood["nll_per_token"], likelihood["standard_error"], likelihood["images"]) if likelihood else None,
+        nll=_nll(row, scale, runs, seed),
         source=row.source.printed(),
-        cost=_cost(scored),
-        note="; ".join(note for note in (alias_note(row, scale), _agreement(folder, config)) if note),
+        cost=_cost(_json(folder.scores).get(name, {})),
+        note="; ".join(note for note in (row_note(row, scale), _agreement(folder, own.sample)) if note),
         samples=_images(folder, name, GRID_SAMPLES),
     )
+
+
+def _seeds(runs: Path, run: str, scale: Scale, seed: int) -> list[int]:
+    """This report's seed, then the others that were trained."""
+    found = [int(p.name.removeprefix("seed")) for p in (runs / f"{run}@{scale.name}").glob("seed*") if p.name[4:].isdigit()]
+    return [seed, *sorted(set(found) - {seed})]
+
+
+def _metrics(row: Row, variant: Variant, scale: Scale, runs: Path, seed: int) -> dict[str, Value]:
+    """A sample set's metrics: of this seed, or where several seeds were scored, their mean and spread."""
+    per_seed: list[dict[str, Value]] = []
+    for k in _seeds(runs, row.run, scale, seed):
+        name = sample_name(variant.sample.edited(seed=k), variant.checkpoint)
+        records = _json(run_folder(runs, row.run, scale, k).scores).get(name, {}).get("records", [])
+        per_seed.append({r["metric"]: Value(r["value"], r["standard_error"], r["n"], r["n_reference"]) for r in records})
+    names = dict.fromkeys(name for metrics in per_seed for name in metrics)
+    return {name: _over_seeds([metrics[name] for metrics in per_seed if name in metrics]) for name in names}
+
+
+def _nll(row: Row, scale: Scale, runs: Path, seed: int) -> Value | None:
+    key = result_key(row.order, row.checkpoint, row.target)
+    found = [_json(run_folder(runs, row.run, scale, k).root / "nll.json").get(key) for k in _seeds(runs, row.run, scale, seed)]
+    values = [Value(r["nll_per_token"], r["standard_error"], r["images"]) for r in found if r]
+    return _over_seeds(values) if values else None
+
+
+def _over_seeds(values: list[Value]) -> Value:
+    if len(values) == 1:
+        return values[0]
+    numbers = [value.value for value in values]
+    return Value(mean(numbers), stdev(numbers), values[0].n, values[0].n_reference, len(values))
+
+
+def _headline_variants(rows: list[Row], scale: Scale, runs: Path, seed: int) -> list[Table]:
+    """Headline rows at every guidance scale and with averaged weights; no table where none was scored."""
+    entries = [
+        ReportRow(f"{row.id}#{variant.label}", f"{row.label}, {variant.label}", row.order, row.sampler, metrics)
+        for row in rows
+        if row.is_headline
+        for variant in sorted(variants(row, scale, seed), key=lambda v: (v.checkpoint != row.checkpoint, v.sample.guidance))
+        if (metrics := _metrics(row, variant, scale, runs, seed))
+    ]
+    intro = f"One fixed guidance scale decides nothing. {scale.sample_images:,} images a row."
+    return [Table("headline", "Headline rows by guidance scale", intro, entries)] if entries else []
+
+
+def _training(configs: dict[str, RunConfig], rows: list[Row], scale: Scale, runs: Path, seed: int) -> list[Table]:
+    """Each run's training loss by phase, its final NLL on training and validation images, and what it took."""
+    entries = []
+    for run, config in configs.items():
+        folder = run_folder(runs, run, scale, seed)
+        losses = _phase_losses(folder, run, scale, seed)
+        if not losses:
+            continue
+        last = (folder.records("validation") or [{}])[-1]
+        nlls = {f"NLL, {kind} images": Value(last[f"{kind}_nll"]) for kind in ("train", "validation") if f"{kind}_nll" in last}
+        source = next((row.source.loss for row in rows if row.run == run and row.source.loss is not None), None)
+        seconds = sum(record["seconds"] for record in folder.records("train"))
+        note = f"{config.images:,} images seen, {config.steps:,} steps of {config.batch}, {seconds / 60:.1f} minutes"
+        metrics = {f"loss, {phase} phase": value for phase, value in losses.items()}
+        printed = {} if source is None else {"training loss": source}
+        entries.append(ReportRow(run, run, getattr(config.policy, "order", "random"), "", {**metrics, **nlls}, source=printed, note=note))
+    intro = "Training loss is the mean over the last tenth of each phase, dropout and label drop included; NLL is without them."
+    return [Table("training-runs", "Training runs", intro, entries)] if entries else []
+
+
+def _phases(config: RunConfig) -> list[Phase]:
+    """The stretches of a run's training, in images seen."""
+    policy = config.policy
+    if not isinstance(policy, AnnealedOrder):
+        return [Phase(getattr(policy, "order", "random"), 0.0, float(config.images))]
+    borders = [0.0, policy.start * config.images, policy.end * config.images, float(config.images)]
+    return [Phase(name, *border) for name, border in zip(("random", "anneal", policy.order), pairwise(borders)) if border[0] < border[1]]
+
+
+def _phase_losses(folder: RunFolder, run: str, scale: Scale, seed: int) -> dict[str, Value]:
+    """The mean training loss over the last tenth of each finished phase."""
+    records, losses = folder.records("train"), {}
+    for phase in _phases(resolve(run, scale.name, seed)):
+        tenth = phase.end - (phase.end - phase.start) / 10
+        inside = [record["loss"] for record in records if tenth < record["images"] <= phase.end]
+        if inside and records[-1]["images"] >= phase.end - 1:
+            losses[phase.name] = Value(mean(inside))
+    return losses
 
 
 def _agreement(folder: RunFolder, config: SampleConfig) -> str:
@@ -151,18 +241,14 @@ def _curves(folder: RunFolder, config: RunConfig) -> RunCurves | None:
     train = folder.records("train")
     if not train:
         return None
-    policy = config.policy
-    phases = []
-    if isinstance(policy, AnnealedOrder):
-        borders = [0.0, policy.start * config.images, policy.end * config.images, float(config.images)]
-        phases = [Phase(name, *border) for name, border in zip(("random", "anneal", policy.order), pairwise(borders))]
+    phases = _phases(config)
     return RunCurves(
         name=config.recipe,
         images_seen=[r["images"] for r in train],
         train_loss=[r["loss"] for r in train],
         validation_nll=[(r["images"], r["validation_nll"]) for r in folder.records("validation")],
-        phases=phases,
-        order=getattr(policy, "order", "random"),
+        phases=phases if len(phases) > 1 else [],
+        order=getattr(config.policy, "order", "random"),
     )
 
 
@@ -191,12 +277,6 @@ def _notes(configs: dict[str, RunConfig], scale: Scale, runs: Path, seed: int) -
             break
         if notes:
             break
-    for run, config in configs.items():
-        seconds = sum(r["seconds"] for r in run_folder(runs, run, scale, seed).records("train"))
-        if seconds:
-            notes.append(
-                f"{run}: {config.images:,} images seen, {config.steps:,} steps of {config.batch}, {seconds / 60:.1f} minutes of training."
-            )
     return notes
 
 

@@ -8,12 +8,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Value:
-    """One measured number, its standard error, and the sample and reference counts behind it."""
+    """One measured number, its error, and the sample, reference and seed counts behind it."""
 
     value: float
     standard_error: float | None = None
     n: int | None = None
     n_reference: int | None = None
+    seeds: int = 1
+    """Training seeds behind it; with several, `value` is their mean and `standard_error` their standard deviation."""
 
 
 @dataclass(frozen=True)

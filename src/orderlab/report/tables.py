@@ -45,7 +45,8 @@ def is_above_uniform(nll: Value | None, vocabulary: int | None) -> bool:
 def counts_of(value: Value) -> str:
     """ "N 1,000 · ref 5,000", or as much of it as is known."""
     known = [("N", value.n), ("ref", value.n_reference)]
-    return " · ".join(f"{name} {count:,}" for name, count in known if count is not None)
+    counts = [f"{name} {count:,}" for name, count in known if count is not None]
+    return " · ".join([*counts, f"{value.seeds} seeds"] if value.seeds > 1 else counts)
 
 
 def _present(value: Value | None) -> Value | None:
@@ -56,7 +57,7 @@ def _decimals(name: str, values: list[Value]) -> int:
     errors = [v.standard_error for v in values if v.standard_error is not None and math.isfinite(v.standard_error) and v.standard_error > 0]
     if errors:  # the smallest error keeps one digit, two where its first is a 1
         return min(4, max(1, -math.floor(math.log10(min(errors) / 2))))
-    return 3 if name.lower().startswith(("nll", "precision", "recall", "label agreement")) else 2
+    return 3 if name.lower().startswith(("nll", "loss", "training loss", "precision", "recall", "label agreement")) else 2
 
 
 def _best_text(name: str, numbers: list[float], decimals: int) -> str | None:

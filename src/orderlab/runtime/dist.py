@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -67,8 +68,11 @@ def world() -> Iterator[World]:
         dist.init_process_group("nccl" if has_gpu else "gloo")
     try:
         yield World(rank, size, device)
+        if joins:
+            dist.barrier()  # nobody closes a connection that another process still reads from
     finally:
         if joins:
+            gc.collect()  # DDP's reducers lie in cycles; one that outlives its group may abort the process at exit
             dist.destroy_process_group()
 
 

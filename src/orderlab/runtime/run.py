@@ -42,7 +42,7 @@ class RunFolder:
         """Make the folder, or check that it belongs to this very config; record the environment."""
         file = self.root / "config.json"
         if file.exists():
-            difference = config_difference(read_json(file), config.model_dump(mode="json"))
+            difference = config_difference(self.config().model_dump(mode="json"), config.model_dump(mode="json"))
             if difference:
                 raise UserError(f"{self.root} was made with another config ({difference}); use the same settings or another --runs folder")
         else:

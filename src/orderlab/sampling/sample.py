@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from orderlab.config import SampleConfig
+from orderlab.data.imagenet import class_rows
 from orderlab.errors import UserError
 from orderlab.models.formats import load_gpt
 from orderlab.models.gpt import GPT
@@ -52,11 +53,11 @@ def sample_name(config: SampleConfig, checkpoint: str = "final") -> str:
     return f"{config.order.replace(':', '')}-g{config.guidance:g}{sampler}-n{config.images}-{digest}"
 
 
-def sample_classes(config: SampleConfig, classes: int) -> np.ndarray:
-    """Class of each image: dealt out in turn, or drawn independently (LlamaGen's samplers)."""
+def sample_classes(config: SampleConfig, rows: np.ndarray) -> np.ndarray:
+    """The class row of each image, out of `rows`: dealt out in turn, or drawn independently (LlamaGen's samplers)."""
     if config.labels == "balanced":
-        return np.arange(config.images) % classes
-    return torch.randint(classes, (config.images,), generator=generator("sample-labels", config.seed)).numpy()
+        return rows[np.arange(config.images) % len(rows)]
+    return rows[torch.randint(len(rows), (config.images,), generator=generator("sample-labels", config.seed)).numpy()]
 
 
 def run(
@@ -79,10 +80,11 @@ def run(
         raise UserError(f"{weights} does not exist; train the run to its end first (its state is '{folder.status()['state']}')")
     with world() as here:
         model = load_gpt(weights).to(here.device)
-        seconds, timed = _sample_parts(model, config, out, here, progress or (lambda done, total: None))
+        classes_N = sample_classes(config, class_rows(folder.config().data, model.config.classes))
+        seconds, timed = _sample_parts(model, config, classes_N, out, here, progress or (lambda done, total: None))
         here.barrier()
         if here.is_main:
-            _join_parts(out, config, sample_classes(config, model.config.classes))
+            _join_parts(out, config, classes_N)
             cost = {"seconds_per_image": seconds / timed if timed else None, "processes": here.size, "steps": model.config.positions}
             write_json(out / "sample.json", {"config": config.model_dump(), "checkpoint": checkpoint, **cost})
         here.barrier()
@@ -93,10 +95,11 @@ def _parts(config: SampleConfig) -> int:
     return -(-config.images // config.batch)
 
 
-def _sample_parts(model: GPT, config: SampleConfig, out: Path, here: World, progress: Callable[[int, int], None]) -> tuple[float, int]:
+def _sample_parts(
+    model: GPT, config: SampleConfig, classes_N: np.ndarray, out: Path, here: World, progress: Callable[[int, int], None]
+) -> tuple[float, int]:
     """Generate this process's missing batches; returns the seconds it took and the images it was for."""
     out.mkdir(parents=True, exist_ok=True)
-    classes_N = sample_classes(config, model.config.classes)
     order = path(config.order, *model.config.grid)
     options: dict[str, Any] = config.model_dump(
         include={"guidance", "temperature", "top_k", "top_p", "sampler", "target", "guidance_schedule"}

@@ -27,9 +27,11 @@ from orderlab.runtime.keys import key
 from orderlab.runtime.run import RunFolder, StopSignal
 from orderlab.training.objectives import Objective, objective_for
 from orderlab.training.optim import adamw, learning_rate, moving_average
+from orderlab.training.start import load_start
 
 Report = Callable[[dict[str, Any]], None]
 REPORTS_PER_RUN = 200
+STATE = "state.safetensors"
 
 
 def run(config: RunConfig, run_dir: str | Path, *, cache: Path | None = None, report: Report | None = None) -> str:
@@ -46,6 +48,8 @@ def run(config: RunConfig, run_dir: str | Path, *, cache: Path | None = None, re
             folder.create(config)
         here.barrier()
         objective = objective_for(config, cache or default_cache(folder), here.device)
+        if not (folder.checkpoints / STATE).exists():
+            load_start(objective.model, config, folder.root.parent.parent)
         return Trainer(config, folder, objective, here, report or (lambda record: None)).train()
 
 
@@ -62,7 +66,7 @@ class Trainer:
         self.model = objective.model
         self.optimizer = adamw(self.model, config.optim)
         self.ema = moving_average(self.model, config)
-        self.state_file = folder.checkpoints / "state.safetensors"
+        self.state_file = folder.checkpoints / STATE
         self.images = load_state(self.state_file, self.model, self.ema, self.optimizer) if self.state_file.exists() else 0
         self.forward = self._wrapped()
         self.rows = here.rows(config.batch)

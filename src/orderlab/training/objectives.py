@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from orderlab.config import RandomOrder, RunConfig
@@ -28,6 +28,7 @@ from orderlab.models.gpt import GPT
 from orderlab.order.perm import to_steps
 from orderlab.order.policy import draw_orders, random_ratio
 from orderlab.runtime.keys import generator, key
+from orderlab.training.start import freeze
 
 VALIDATION_BATCH = 250
 
@@ -54,7 +55,7 @@ class Objective(Protocol):
     """What the loop asks of a training task."""
 
     @property
-    def model(self) -> nn.Module: ...
+    def model(self) -> GPT: ...
 
     def batch(self, images_seen: int) -> Batch: ...
 
@@ -68,7 +69,7 @@ class Objective(Protocol):
 
 
 def objective_for(config: RunConfig, cache: Path, device: torch.device) -> Objective:
-    """The objective of a config, its model freshly initialised on `device`."""
+    """The objective of a config, its model freshly initialised on `device` and frozen where the config says."""
     train, validation = token_sets(config.data, config.model.grid, cache)
     for token_set in (train, validation):
         if token_set.meta.vocabulary > config.model.vocabulary or token_set.meta.classes > config.model.classes:
@@ -76,7 +77,9 @@ def objective_for(config: RunConfig, cache: Path, device: torch.device) -> Objec
                 f"{token_set.folder} has {token_set.meta.vocabulary} codes and {token_set.meta.classes} classes; "
                 f"the model of scale {config.scale} takes {config.model.vocabulary} and {config.model.classes}"
             )
-    return Autoregressive(config, GPT(config.model, seed=key("weights", config.seed)).to(device), train, validation)
+    model = GPT(config.model, seed=key("weights", config.seed)).to(device)
+    freeze(model, config.trained_blocks)
+    return Autoregressive(config, model, train, validation)
 
 
 class Autoregressive:

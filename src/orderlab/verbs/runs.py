@@ -20,6 +20,7 @@ def train(
     micro_batch: int | None = None,
     precision: str | None = None,
     data: Path | None = None,
+    start: Path | None = None,
     runs: Path = RUNS,
     dry_run: bool = False,
     json: bool = False,
@@ -36,6 +37,7 @@ def train(
         micro_batch: images of one forward pass; the gradient accumulates over the rest
         precision: fp32 or bf16
         data: folder of IDX files or of token sets
+        start: weight file to fine-tune, ours or LlamaGen's, in place of what the run starts from
         runs: where run folders lie
         dry_run: print config, parameters, FLOPs, memory, disk and time; train nothing
         json: print for programs
@@ -47,6 +49,7 @@ def train(
         "micro_batch": micro_batch,
         "precision": precision,
         "data.folder": data and str(data),
+        "start.file": start and str(start),
     }
     config = catalog.resolve(catalog.run_named(row), scale, seed, **{name: value for name, value in asked.items() if value is not None})
     if dry_run:

@@ -13,6 +13,8 @@ def reproduce(
     scale: str = "demo",
     rows: tuple[str, ...] = ("2-in100",),
     seed: int = 0,
+    data: Path | None = None,
+    start: Path | None = None,
     runs: Path = RUNS,
     dry_run: bool = False,
     json: bool = False,
@@ -23,6 +25,8 @@ def reproduce(
         scale: smoke, demo, toy, small, paper or paper-1k
         rows: rows, tables or runs; "all" for the whole catalogue
         seed: seed of every run
+        data: folder of token sets or of IDX files, where the scale's own is elsewhere
+        start: weight file that fine-tunes start from (c2i_B_256.pt)
         runs: where run folders lie
         dry_run: print the cost of every run and row; do nothing
         json: print for programs
@@ -45,7 +49,8 @@ def reproduce(
         return
     from orderlab.runtime.console import Console
 
-    page = module.run(chosen, scale, runs, seed=seed, console=Console(quiet=json))
+    plan = module.Plan(chosen, known, runs, seed, data, start)
+    page = module.run(plan, Console(quiet=json))
     if json:
         print_json({"report": str(page) if page else None})
 
@@ -80,10 +85,15 @@ def list_rows(scale: str = "demo", runs: Path = RUNS, seed: int = 0, json: bool 
     if json:
         print_json(entries)
         return
-    print(f"{'row':<34} {'run':<19} {'order':<14} {'FID-5K':>7} {'sFID':>7}   images@{scale:<8} state")
+    widths = [max(len(entry[name]) for entry in entries) for name in ("row", "run", "order")]
+
+    def line(row: str, run: str, order: str, *rest: str) -> str:
+        return " ".join(f"{text:<{width}}" for text, width in zip((row, run, order), widths)) + " {:>7} {:>7}   {:<15} {}".format(*rest)
+
+    print(line("row", "run", "order", "FID-5K", "sFID", f"images@{scale}", "state"))
     for row, entry in zip(catalog.ROWS, entries):
         fid, sfid = ("" if value is None else f"{value:.2f}" for value in (row.source.fid, row.source.sfid))
-        print(f"{entry['row']:<34} {entry['run']:<19} {entry['order']:<14} {fid:>7} {sfid:>7}   {entry['images']:<15,} {entry['state']}")
+        print(line(entry["row"], entry["run"], entry["order"], fid, sfid, f"{entry['images']:,}", entry["state"]))
 
 
 def show(row: str, /, scale: str = "demo", seed: int = 0, dry_run: bool = False, json: bool = False) -> None:
@@ -100,7 +110,7 @@ def show(row: str, /, scale: str = "demo", seed: int = 0, dry_run: bool = False,
     shown: dict[str, Any] = {"train": config.model_dump(mode="json")}
     known = next((r for r in catalog.ROWS if r.id == row), None)
     if known is not None:
-        shown |= {"row": known.id, "source": known.source.printed(), "note": catalog.alias_note(known, catalog.scale_named(scale))}
+        shown |= {"row": known.id, "source": known.source.printed(), "note": catalog.row_note(known, catalog.scale_named(scale))}
         shown["sample"] = catalog.sample_config(known, catalog.scale_named(scale)).model_dump(mode="json")
     if dry_run:
         from orderlab.cost import training_cost

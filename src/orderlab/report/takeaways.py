@@ -1,0 +1,74 @@
+"""What our rows say about the study's takeaways, claim by claim, with the numbers and whichever way they point.
+
+A verdict needs a difference of two combined standard errors; below that a claim is undecided, and without both numbers it is
+not mentioned. Nothing here knows what the answer should be.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from orderlab.report.data import ReportData, Value
+
+CLEAR = 2.0  # combined standard errors
+
+
+@dataclass(frozen=True)
+class Takeaway:
+    """A claim of the study, what our rows say to it, and the numbers."""
+
+    claim: str
+    verdict: str
+    evidence: str
+
+
+def takeaways(data: ReportData) -> list[Takeaway]:
+    """The claims that the measured rows bear on, in the study's order."""
+    metric = next((table.compare[0] for table in data.tables if table.compare), "")
+    numbers = {row.id: row.metrics[metric] for table in data.tables for row in table.rows if metric in row.metrics}
+    nlls = {row.id: row.nll for table in data.tables for row in table.rows if row.nll}
+    found = [
+        *(_consistency(numbers, metric, order) for order in ("diagonal", "column-major", "zigzag", "spiral")),
+        _better(numbers, metric, "Annealing is essential (its Section 5)", "5-fair/rar-300", "5-ablation/random-no-anneal"),
+        _better(
+            numbers,
+            metric,
+            "The target embedding is essential (its Section 5)",
+            "5-ablation/random-no-anneal",
+            "5-ablation/random-no-target-embedding",
+        ),
+        _better(
+            numbers,
+            metric,
+            "Ours: told the target at inference too, the model without annealing does better",
+            "ours-target/random-no-anneal-raster",
+            "5-ablation/random-no-anneal",
+        ),
+        _better(numbers, metric, "RAR beats raster at equal budget (its Section 5)", "5-fair/rar-300", "5-fair/raster-300"),
+        _better(nlls, "validation NLL", "RAR beats raster at equal budget, by likelihood", "5-fair/rar-300", "5-fair/raster-300"),
+    ]
+    return [takeaway for takeaway in found if takeaway is not None]
+
+
+def _consistency(numbers: dict[str, Value], metric: str, order: str) -> Takeaway | None:
+    claim = f"Trained and generated in one order, {order} does better than a raster model asked for it (its Section 3)"
+    return _better(numbers, metric, claim, f"3-fixed/{order}", f"2-in100/{order}", also="3-fixed/raster")
+
+
+def _better(numbers: dict[str, Value], metric: str, claim: str, better: str, worse: str, also: str = "") -> Takeaway | None:
+    """Is the first row's number lower than the second's, by more than their errors?"""
+    if better not in numbers or worse not in numbers:
+        return None
+    first, second = numbers[better], numbers[worse]
+    error = math.hypot(first.standard_error or 0.0, second.standard_error or 0.0)
+    difference = second.value - first.value
+    is_clear = abs(difference) > CLEAR * error
+    verdict = "undecided" if not is_clear else "our rows agree" if difference > 0 else "our rows disagree"
+    named = [better, worse, *([also] if also in numbers else [])]
+    return Takeaway(claim, verdict, f"{metric}: " + "; ".join(f"{name} {_text(numbers[name])}" for name in named))
+
+
+def _text(value: Value) -> str:
+    error = f" ± {value.standard_error:.2g}" if value.standard_error else ""
+    return f"{value.value:.3g}{error}"

@@ -1,0 +1,59 @@
+"""Where a run starts, and what of it trains: fresh weights or another checkpoint's, all of the model or its last blocks.
+
+Partial fine-tuning follows the study's Section 3: the last k blocks, the final norm and the output head train. What is
+frozen takes no gradient, so it has no optimizer state, no decay, and the same bits afterwards.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orderlab.config import RunConfig, StartConfig
+from orderlab.errors import UserError
+from orderlab.models.formats import read_weights
+from orderlab.models.gpt import GPT
+from orderlab.models.weights import load_state
+from orderlab.runtime.run import RunFolder
+
+CLASS_ROWS, TARGET_ROWS = "cls_embedding.embedding_table.weight", "ta_embedding.weight"
+
+
+def start_file(start: StartConfig, config: RunConfig, runs: Path) -> Path:
+    """The weight file a run starts from. Raises `UserError` where it is not there yet, with what makes it."""
+    if start.file is not None:
+        if not Path(start.file).is_file():
+            raise UserError(
+                f"{start.file} does not exist and run {config.recipe} starts from it; download it (LlamaGen publishes c2i_B_256.pt) "
+                "and name it with --start FILE"
+            )
+        return Path(start.file)
+    folder = RunFolder(runs / f"{start.run}@{config.scale}" / f"seed{config.seed}")
+    file = folder.checkpoints / f"{start.checkpoint}.safetensors"
+    if not file.exists():
+        raise UserError(
+            f"run {config.recipe} starts from {file}, which does not exist; first run: "
+            f"orderlab train {start.run} --scale {config.scale} --seed {config.seed}"
+        )
+    return file
+
+
+def load_start(model: GPT, config: RunConfig, runs: Path) -> None:
+    """Put the starting weights into a fresh model. What the file cannot know stays fresh: the target table, new class rows."""
+    if config.start is None:
+        return
+    file = start_file(config.start, config, runs)
+    tensors, fresh = read_weights(file).tensors, model.state_dict()
+    if config.start.class_rows == "new":
+        tensors[CLASS_ROWS] = fresh[CLASS_ROWS].clone()
+    if config.model.target_embedding:
+        tensors.setdefault(TARGET_ROWS, fresh[TARGET_ROWS].clone())
+    load_state(model, tensors, file)
+
+
+def freeze(model: GPT, trained_blocks: int | None) -> None:
+    """Freeze all but the last `trained_blocks` blocks, the final norm and the head; nothing when it is None."""
+    if trained_blocks is None:
+        return
+    model.requires_grad_(False)
+    for part in (*model.layers[-trained_blocks:], model.norm, model.output):
+        part.requires_grad_(True)
