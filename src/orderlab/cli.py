@@ -36,6 +36,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "report": study.report,
     "coverage": tools.coverage,
     "bench sample": tools.bench_sample,
+    "bench train": tools.bench_train,
     "tokenizer train": tools.tokenizer_train,
     "tokenizer evaluate": tools.tokenizer_evaluate,
     "features train": tools.features_train,

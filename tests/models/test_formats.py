@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from orderlab.config import GPTConfig
 from orderlab.errors import UserError
-from orderlab.models.formats import load_gpt, read_weights, save_gpt
+from orderlab.models.formats import load_gpt, merge_target, read_weights, save_gpt
 from orderlab.models.gpt import GPT
+from orderlab.order.paths import path
+from orderlab.sampling.generate import generate
 
 CONFIG = GPTConfig(layers=2, heads=2, dim=16, grid=(2, 3), vocabulary=11, classes=4, ffn_hidden=48)
 
@@ -80,6 +82,36 @@ def test_missing_and_unexpected_keys_are_named(model: GPT, tmp_path: Path) -> No
     save_file({**tensors, "surprise": torch.zeros(1)}, tmp_path / "c.safetensors", header)
     with pytest.raises(UserError, match="unexpected key surprise"):
         load_gpt(tmp_path / "c.safetensors")
+
+
+def with_noisy_table() -> GPT:
+    sizes = {"layers": 2, "heads": 2, "dim": 16, "grid": (3, 5), "vocabulary": 11, "classes": 4, "ffn_hidden": 48}
+    model = GPT(GPTConfig(**sizes, target_embedding=True), seed=3).eval()
+    for name in ("output.weight", "ta_embedding.weight"):
+        model.get_parameter(name).data.normal_(0, 0.5, generator=torch.Generator().manual_seed(4))
+    return model
+
+
+@pytest.mark.parametrize("order_name", ["raster", "spiral"])
+def test_a_merged_table_changes_nothing_under_its_order(order_name: str, tmp_path: Path) -> None:
+    """RAR's export: the table of an annealed model becomes a bias per slot; logits, cached tokens and a file's round trip agree."""
+    model, order = with_noisy_table(), path(order_name, 3, 5)
+    merged = merge_target(model, order)
+    assert not merged.config.target_embedding
+    classes, tokens = torch.tensor([0, 4]), torch.randint(11, (2, 15), generator=torch.Generator().manual_seed(0))
+    expected = model(classes, tokens, order, target=True)
+    torch.testing.assert_close(merged(classes, tokens, order), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(model(classes, tokens, order, target=False), expected, atol=1e-2)
+    save_gpt(merged, tmp_path / "merged.safetensors")
+    again = load_gpt(tmp_path / "merged.safetensors").double()
+    for sampler in ("kv-cache", "full-forward"):
+        drawn = generate(again, classes, order, seeds=[1, 2], guidance=2.0, sampler=sampler)
+        assert torch.equal(drawn, generate(model.double(), classes, order, seeds=[1, 2], guidance=2.0, target=True))
+
+
+def test_a_model_without_a_table_has_nothing_to_merge(model: GPT) -> None:
+    with pytest.raises(UserError, match="no target embedding"):
+        merge_target(model, path("raster", *model.config.grid))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

@@ -85,15 +85,14 @@ def list_rows(scale: str = "demo", runs: Path = RUNS, seed: int = 0, json: bool 
     if json:
         print_json(entries)
         return
-    widths = [max(len(entry[name]) for entry in entries) for name in ("row", "run", "order")]
-
-    def line(row: str, run: str, order: str, *rest: str) -> str:
-        return " ".join(f"{text:<{width}}" for text, width in zip((row, run, order), widths)) + " {:>7} {:>7}   {:<15} {}".format(*rest)
-
-    print(line("row", "run", "order", "FID-5K", "sFID", f"images@{scale}", "state"))
+    lines = [("row", "run", "order", "FID-5K", "sFID", f"images@{scale}", "state")]
     for row, entry in zip(catalog.ROWS, entries):
         fid, sfid = ("" if value is None else f"{value:.2f}" for value in (row.source.fid, row.source.sfid))
-        print(line(entry["row"], entry["run"], entry["order"], fid, sfid, f"{entry['images']:,}", entry["state"]))
+        lines.append((row.id, row.run, row.order, fid, sfid, f"{entry['images']:,}", str(entry["state"])))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = [text.rjust(width) if 3 <= i <= 5 else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths))]
+        print("  ".join(cells).rstrip())
 
 
 def show(row: str, /, scale: str = "demo", seed: int = 0, dry_run: bool = False, json: bool = False) -> None:

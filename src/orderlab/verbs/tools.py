@@ -61,10 +61,37 @@ def bench_sample(
         out: JSON file to write
         json: print the JSON in place of the table
     """
-    from orderlab.bench import run
+    from orderlab.bench.sampling import run
 
     sizes = [int(size) for size in batches.split(",")]
     result = run(model, sizes, precisions.split(","), slot=slot, repeats=repeats, has_full_forward=full_forward, out=out, quiet=json)
+    if json:
+        print_json(result)
+
+
+def bench_train(
+    model: str = "GPT-B",
+    batch: int = 2,
+    orders: int = 64,
+    precision: str = "fp32",
+    repeats: int = 9,
+    out: Path = Path("bench/train.json"),
+    json: bool = False,
+) -> None:
+    """What random orders and the target embedding cost in training, against raster's step.
+
+    Args:
+        model: toy, GPT-B, GPT-L, GPT-XL or GPT-XXL
+        batch: images a step
+        orders: orders drawn at once; their time is set against a step of as many images
+        precision: fp32 or bf16
+        repeats: pairs of steps; medians are printed
+        out: JSON file to write
+        json: print the JSON in place of the line
+    """
+    from orderlab.bench.training import run
+
+    result = run(model, batch, orders, precision, repeats=repeats, out=out, quiet=json)
     if json:
         print_json(result)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orderlab import bench
+from orderlab.bench import sampling as bench
 from orderlab.config import GPTConfig
 from orderlab.errors import UserError
 from orderlab.models.gpt import GPT
