@@ -251,15 +251,15 @@ SCALES: dict[str, Scale] = {
         Scale(
             "smoke",
             "2,000 images of the embedded subset and a tiny model: every row end to end in minutes, no meaning in the numbers",
-            data=FASHION.edited(train_images=2000),
+            data=FASHION.edited(train_images=2000, validation_images=1000),
             model=TINY,
-            unit_images=2560,
+            unit_images=1280,
             batch=64,
             optim=OptimConfig(lr=3e-3),
             sample_images=160,
             sample_batch=160,
             precision="fp32",
-            other_half=FASHION.edited(train_images=2000, skip_images=2000),
+            other_half=FASHION.edited(train_images=2000, skip_images=2000, validation_images=1000),
         ),
         Scale(
             "demo",

@@ -117,6 +117,8 @@ class DataConfig(Frozen):
     """Use the first so many training images (balanced over classes); all when empty."""
     skip_images: int = Field(0, ge=0)
     """Leave out the first so many training images (balanced over classes)."""
+    validation_images: int | None = Field(None, ge=1)
+    """Use the first so many validation images (balanced over classes); all when empty."""
     classes: Literal["own", "imagenet-1k"] = "own"
     """Which class table the labels index: the data's own, or for ImageNet-100 tokens ImageNet-1K's, by WordNet id."""
     flip: bool = True

@@ -75,19 +75,18 @@ def decode(vq: VQ, tokens_NP: np.ndarray | torch.Tensor, batch: int = 250) -> np
 def fashion_images(data: DataConfig, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 [N, 32, 32], labels [N]) of one split of a fashion config."""
     images, labels = load_fashion(split, Path(data.folder) if data.folder else None)
-    if split == "train" and (data.train_images is not None or data.skip_images):
-        rows = _balanced_rows(labels, data)
-        images, labels = images[rows], labels[rows]
-    return images, labels
+    count, skipped = (data.train_images, data.skip_images) if split == "train" else (data.validation_images, 0)
+    if count is None and not skipped:
+        return images, labels
+    rows = _balanced_rows(labels, skipped, count or len(labels) - skipped)
+    return images[rows], labels[rows]
 
 
-def _balanced_rows(labels: np.ndarray, data: DataConfig) -> np.ndarray:
-    """The same number of rows of each class, those to be skipped left out."""
+def _balanced_rows(labels: np.ndarray, skipped: int, kept: int) -> np.ndarray:
+    """The first `kept` rows after the first `skipped`, the same number of each class."""
     classes = int(labels.max()) + 1
-    skipped = data.skip_images // classes
-    kept = (data.train_images or len(labels) - data.skip_images) // classes
-    rows = first_of_each_class(labels, skipped + kept)
-    return np.setdiff1d(rows, first_of_each_class(labels, skipped))
+    rows = first_of_each_class(labels, (skipped + kept) // classes)
+    return np.setdiff1d(rows, first_of_each_class(labels, skipped // classes))
 
 
 def _cache_name(data: DataConfig) -> str:
@@ -95,6 +94,7 @@ def _cache_name(data: DataConfig) -> str:
         data.folder or "embedded",
         data.train_images or "all",
         *([f"skip {data.skip_images}"] if data.skip_images else []),
+        *([f"validate {data.validation_images}"] if data.validation_images else []),
         "flip" if data.flip else "plain",
         tokenizer_hash(tokenizer(data.tokenizer)),
     ]
