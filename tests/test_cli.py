@@ -137,3 +137,33 @@ def test_the_installed_command_exits_with_2(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-m", "orderlab.cli", "show", "nothing"], capture_output=True, text=True, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("orderlab: unknown run or row 'nothing'")
+
+
+@pytest.mark.parametrize(
+    ("verb", "idle", "spins"),
+    [("train", True, "200000"), ("train", False, "2000"), ("list", True, "2000"), ("bench sample", False, "200000")],
+)
+def test_threads_spin_long_only_on_an_idle_machine(monkeypatch: pytest.MonkeyPatch, verb: str, idle: bool, spins: str) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that both are as they were afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(cli, "is_machine_idle", lambda: idle)
+    cli.set_thread_patience(verb)
+    assert cli.os.environ["GOMP_SPINCOUNT"] == spins
+    cli.set_thread_patience("list")
+    assert cli.os.environ["GOMP_SPINCOUNT"] == spins
+
+
+def test_a_busy_core_is_seen() -> None:
+    import time
+    from concurrent.futures import ThreadPoolExecutor
+
+    def busy() -> None:
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            pass
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(busy)
+        share = cli.os.cpu_count() or 1
+        assert not cli.is_machine_idle(0.3) or share > 9

@@ -15,6 +15,7 @@ import itertools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -73,11 +74,30 @@ def main(arguments: list[str] | None = None) -> None:
 def set_thread_patience(verb: str | None) -> None:
     """How long OpenMP threads spin before they sleep, unless the user chose; it counts only before torch is imported.
 
-    Endless spinning (the default) is fastest alone and many times slower beside another job; sleeping at once costs small
-    models a fifth of their speed. A little spinning keeps most of both (docs/log.md). A bench has the machine to itself.
+    Long spinning is fastest alone, by half on some machines, and many times slower beside another job; a little spinning is
+    a compromise (docs/log.md). So it is long where the other cores are idle now, or where a bench has the machine to itself.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000" if (verb or "").startswith("bench") else "2000")
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
+    is_long = (verb or "").startswith("bench") or (verb in ("train", "reproduce") and is_machine_idle())
+    os.environ["GOMP_SPINCOUNT"] = "200000" if is_long else "2000"
+
+
+def is_machine_idle(seconds: float = 0.2) -> bool:
+    """True when, over a moment, nine tenths of all cores' time is unused; False where the system does not tell."""
+
+    def idle_and_all() -> tuple[int, int]:
+        with open("/proc/stat") as handle:
+            ticks = [int(count) for count in handle.readline().split()[1:9]]
+        return ticks[3] + ticks[4], sum(ticks)
+
+    try:
+        before = idle_and_all()
+        time.sleep(seconds)
+        idle, total = (now - then for now, then in zip(idle_and_all(), before))
+    except (OSError, ValueError, IndexError):
+        return False
+    return idle > 0.9 * total
 
 
 def split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
