@@ -284,7 +284,7 @@ SCALES: dict[str, Scale] = {
             unit_images=80_000,
             batch=32,
             optim=OptimConfig(lr=1e-3),
-            sample_images=2000,
+            sample_images=1000,
             sample_batch=250,
             precision="fp32",
             validate_every=10_000,
