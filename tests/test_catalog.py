@@ -50,6 +50,12 @@ def test_changes_override_scale_and_recipe() -> None:
         catalog.resolve("raster-300", "demo", 0, **{"optim.lr": -1.0})
 
 
+def test_the_shortest_names_give_the_rows_back() -> None:
+    rows = catalog.rows_named(["3-finetune", "2-in100/zigzag"])
+    assert catalog.shortest_names(rows) == ["2-in100/zigzag", "3-finetune"]
+    assert catalog.rows_named(catalog.shortest_names(rows)) == rows
+
+
 def test_rows_are_found_by_table_run_and_id_in_catalogue_order() -> None:
     ids = [row.id for row in catalog.rows_named(["3-fixed/zigzag", "2-in1k", "fixed-spiral"])]
     assert ids == [row.id for row in catalog.ROWS if row.table == "2-in1k" or row.id in ("3-fixed/zigzag", "3-fixed/spiral")]

@@ -394,6 +394,13 @@ def rows_named(names: Iterable[str]) -> list[Row]:
     return [row for row in ROWS if row.id in chosen]
 
 
+def shortest_names(rows: list[Row]) -> list[str]:
+    """What to give `rows_named` to get these rows: a table's name where all of it is chosen, else the rows' own."""
+    chosen = {row.id for row in rows}
+    whole = {table for table in TABLES if {row.id for row in ROWS if row.table == table} <= chosen}
+    return list(dict.fromkeys(row.table if row.table in whole else row.id for row in rows))
+
+
 def run_named(name: str) -> str:
     """The recipe called `name`, or the recipe of the row called `name`."""
     if name in RECIPES:

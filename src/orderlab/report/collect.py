@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from orderlab.catalog import TABLES, Row, Scale, Variant, resolve, row_note, sample_config, variants
+from orderlab.catalog import TABLES, Row, Scale, Variant, resolve, row_note, sample_config, shortest_names, variants
 from orderlab.config import AnnealedOrder, RunConfig, SampleConfig
 from orderlab.data.fashion import CLASSES
 from orderlab.data.prepare import decode, tokenizer
@@ -80,7 +80,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
         playback=_playback(rows, scale, runs, seed),
         vocabulary=first.model.vocabulary,
         notes=_notes(configs, scale, runs, seed),
-        commands=[f"orderlab reproduce --scale {scale.name} --rows {' '.join(dict.fromkeys(row.table for row in rows))} --seed {seed}"],
+        commands=[f"orderlab reproduce --scale {scale.name} --rows {' '.join(shortest_names(rows))} --seed {seed}"],
     )
 
 
@@ -180,10 +180,13 @@ def _training(configs: dict[str, RunConfig], rows: list[Row], scale: Scale, runs
         source = next((row.source.loss for row in rows if row.run == run and row.source.loss is not None), None)
         seconds = sum(record["seconds"] for record in folder.records("train"))
         note = f"{config.images:,} images seen, {config.steps:,} steps of {config.batch}, {seconds / 60:.1f} minutes"
-        metrics = {f"loss, {phase} phase": value for phase, value in losses.items()}
+        steps = {f"loss, {phase if phase in ('random', 'anneal') else 'path'} phase": value for phase, value in losses.items()}
         printed = {} if source is None else {"training loss": source}
-        entries.append(ReportRow(run, run, getattr(config.policy, "order", "random"), "", {**metrics, **nlls}, source=printed, note=note))
-    intro = "Training loss is the mean over the last tenth of each phase, dropout and label drop included; NLL is without them."
+        entries.append(ReportRow(run, run, getattr(config.policy, "order", "random"), "", {**nlls, **steps}, source=printed, note=note))
+    intro = (
+        "NLL at the end, without dropout, in the orders the run ends in. Loss is training loss, the mean over the last tenth of each phase: "
+        "random orders, the anneal, and the path that the run is trained in or annealed to."
+    )
     return [Table("training-runs", "Training runs", intro, entries)] if entries else []
 
 

@@ -1,0 +1,40 @@
+"""Verdicts follow the numbers, whichever way they point."""
+
+import pytest
+
+from orderlab.report.data import ReportData, Row, Table, Value
+from orderlab.report.takeaways import takeaways
+
+
+def report(rows: dict[str, tuple[float, float]], nlls: dict[str, float] | None = None) -> ReportData:
+    tables = {}
+    for row_id, (value, error) in rows.items():
+        nll = Value((nlls or {})[row_id], 0.01) if row_id in (nlls or {}) else None
+        tables.setdefault(row_id.split("/")[0], []).append(Row(row_id, row_id, "raster", metrics={"FD": Value(value, error)}, nll=nll))
+    return ReportData("t", "smoke", "", "", "", "", tables=[Table(name, name, "", rows, ("FD", "FID-5K")) for name, rows in tables.items()])
+
+
+@pytest.mark.parametrize(
+    ("rar", "raster", "error", "verdict"),
+    [(1.0, 2.0, 0.1, "our rows agree"), (2.0, 1.0, 0.1, "our rows disagree"), (1.0, 1.2, 0.1, "undecided")],
+)
+def test_a_verdict_needs_two_combined_errors(rar: float, raster: float, error: float, verdict: str) -> None:
+    found = takeaways(report({"5-fair/rar-300": (rar, error), "5-fair/raster-300": (raster, error)}))
+    assert [(t.verdict, "RAR beats raster" in t.claim) for t in found] == [(verdict, True)]
+    assert found[0].evidence == f"FD: 5-fair/rar-300 {rar:g} ± 0.1; 5-fair/raster-300 {raster:g} ± 0.1"
+
+
+def test_likelihood_has_a_verdict_of_its_own() -> None:
+    rows = {"5-fair/rar-300": (2.0, 0.1), "5-fair/raster-300": (1.0, 0.1)}
+    found = takeaways(report(rows, {"5-fair/rar-300": 1.5, "5-fair/raster-300": 1.8}))
+    assert [t.verdict for t in found] == ["our rows disagree", "our rows agree"]
+
+
+def test_consistency_sets_the_trained_order_beside_the_borrowed_one() -> None:
+    found = takeaways(report({"3-fixed/spiral": (1.0, 0.1), "2-in100/spiral": (15.0, 0.2), "3-fixed/raster": (0.8, 0.1)}))
+    assert [t.verdict for t in found] == ["our rows agree"]
+    assert "3-fixed/raster 0.8" in found[0].evidence
+
+
+def test_nothing_is_said_where_a_number_is_missing() -> None:
+    assert takeaways(report({"5-fair/rar-300": (1.0, 0.1), "2-in100/spiral": (15.0, 0.2)})) == []
