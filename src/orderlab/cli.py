@@ -23,7 +23,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from orderlab import catalog
 from orderlab.errors import UserError
-from orderlab.verbs import runs, study, tools
+from orderlab.verbs import quality, runs, study, tools
 
 VERBS: dict[str, Callable[..., None]] = {
     "reproduce": study.reproduce,
@@ -34,6 +34,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "nll": runs.nll,
     "score": runs.score,
     "report": study.report,
+    "weights inception": quality.weights_inception,
     "coverage": tools.coverage,
     "bench sample": tools.bench_sample,
     "tokenizer train": tools.tokenizer_train,
