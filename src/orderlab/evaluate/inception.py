@@ -200,7 +200,8 @@ class InceptionFeatures:
         network = network.to_empty(device="cpu")
         counters = {name: torch.zeros((), dtype=torch.int64) for name in network.state_dict() if name.endswith("num_batches_tracked")}
         load_state(network, {**counters, **state}, source, "Inception weights")
-        self.network = network.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        network = network.eval().requires_grad_(False)
+        self.network: Inception = network.to(self.device, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
         self.weights_hash = file_hash or weights_hash(state)
 
     def __repr__(self) -> str:
