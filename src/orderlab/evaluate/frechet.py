@@ -77,6 +77,10 @@ class MomentAccumulator:
         self._mean_D = self._mean_D + shift_D * (count / total)
         self._count = total
 
+    @property
+    def has_rows(self) -> bool:
+        return self._count > 0
+
     def result(self) -> Moments:
         """The moments of all rows so far; UserError below two rows."""
         if self._count < 2:
@@ -203,7 +207,27 @@ def frechet_distance_from_features(x_ND: Array, y_MD: Array) -> float:
     if min(len(x_ND), len(y_MD)) > x_ND.shape[1]:
         first, second = moments(x_ND), moments(y_MD)
         return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
-    (x_mean_D, x_root), (y_mean_D, y_root) = _root(x_ND), _root(y_MD)
+    return _distance_of_roots(_root(x_ND), _root(y_MD))
+
+
+def frechet_distance_to(x_ND: Array, mean_ref: Array, covariance_ref: Array, x_moments: Moments | None = None) -> float:
+    """Squared Fréchet distance of features x to a reference known by its moments only; the low-rank form where x has N <= D rows.
+
+    Raises UserError as `frechet_distance`. `x_moments` saves computing them again.
+    """
+    x_ND = checked(x_ND, "x", 2)
+    if len(x_ND) > x_ND.shape[1]:
+        own = x_moments or moments(x_ND)
+        return frechet_distance(own.mean, own.covariance, mean_ref, covariance_ref)
+    mean_D, covariance_DD = _gaussian(mean_ref, covariance_ref, "reference")
+    if x_ND.shape[1] != len(mean_D):
+        raise UserError(f"x has {x_ND.shape[1]} features and the reference {len(mean_D)}: use the same layer of the same network")
+    return _distance_of_roots(_root(x_ND), (mean_D.double(), _factor(covariance_DD).T))
+
+
+def _distance_of_roots(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    """From means and matrices A with A^T A = covariance."""
+    (x_mean_D, x_root), (y_mean_D, y_root) = first, second
     product = x_root @ y_root.T
     with one_blas_thread():
         overlap = torch.linalg.svdvals(product).sum()
