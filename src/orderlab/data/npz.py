@@ -78,7 +78,7 @@ class NpzFile:
             with self._faults():
                 array = np.frombuffer(self._bytes(handle, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize), dtype).reshape(shape)
                 self._end(handle, name)
-        return array.copy()
+        return array.astype(dtype.newbyteorder("="))
 
     def note(self) -> dict[str, Any]:
         """What `orderlab` wrote about how the images were made; empty for other programs' files."""
@@ -138,13 +138,11 @@ class NpzFile:
         try:
             with self._faults():
                 shape, is_fortran, dtype = _header(handle)
-                size = int(np.prod([int(s) for s in shape], dtype=object)) * dtype.itemsize if shape else dtype.itemsize
+                if dtype.kind not in "biuf" or is_fortran:
+                    raise UserError(f"{self.file}: {name} holds {dtype}{' in Fortran order' * is_fortran}; expected numbers in C order")
+                size = int(np.prod([int(s) for s in shape], dtype=object)) * dtype.itemsize
                 if info.file_size - handle.tell() != size:
                     raise ValueError(f"{name} has {info.file_size - handle.tell()} bytes where its shape {list(shape)} needs {size}")
-            if dtype.kind not in "biufU" or is_fortran:
-                raise UserError(
-                    f"{self.file}: {name} holds {dtype}{' in Fortran order' if is_fortran else ''}; expected numbers in C order"
-                )
             yield handle, shape, dtype
         finally:
             handle.close()
