@@ -24,7 +24,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from orderlab import catalog
 from orderlab.errors import UserError
-from orderlab.verbs import runs, study, tools
+from orderlab.verbs import quality, runs, study, tools
 
 VERBS: dict[str, Callable[..., None]] = {
     "reproduce": study.reproduce,
@@ -33,11 +33,17 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": runs.train,
     "sample": runs.sample,
     "nll": runs.nll,
-    "score": runs.score,
+    "score": quality.score,
+    "compare": quality.compare,
+    "nearest": quality.nearest,
     "report": study.report,
+    "reference": quality.reference,
+    "reference verify": quality.reference_verify,
+    "weights inception": quality.weights_inception,
     "coverage": tools.coverage,
     "bench sample": tools.bench_sample,
     "bench train": tools.bench_train,
+    "bench metrics": quality.bench_metrics,
     "tokenizer train": tools.tokenizer_train,
     "tokenizer evaluate": tools.tokenizer_evaluate,
     "features train": tools.features_train,

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from orderlab.errors import UserError
-from orderlab.evaluate import metrics
+from orderlab.evaluate import frechet, metrics
 from orderlab.evaluate.metrics import (
     MomentAccumulator,
     frechet_distance,
     frechet_distance_from_features,
     frechet_standard_error,
     inception_score,
-    kid,
     moments,
     one_blas_thread,
     spatial_features,
@@ -102,8 +101,11 @@ def test_fid_is_adms(pool):
     sample, reference = moments(pool["smp_pool"], "float32"), moments(pool["ref_pool"], "float32")
     assert_adm(distance(sample, reference), ADM["R"]["adm_pool"]["fid"], sample, reference)
     assert_adm(distance(reference, sample), ADM["R"]["adm_pool"]["fid"], sample, reference)
-    for name in ("cleanfid_fid_from_feats", "dgm_fd"):
+    for name in ("cleanfid_fid_from_feats", "dgm_fd", "dgm_fd_eff"):
         assert distance(sample, reference) == pytest.approx(TORCH[name], abs=1e-8)
+    assert distance(sample, reference) == pytest.approx(TORCH["tf_fid"]["frechet_inception_distance"], abs=1e-8)
+    assert distance(sample, reference) == pytest.approx(TORCH["torchmetrics_fid"], abs=1e-7)  # cast to float32 there
+    assert distance(reference, reference) == pytest.approx(ADM["R"]["adm_pool"]["fid_same"], abs=1e-12)
     assert frechet_distance_from_features(pool["smp_pool"], pool["ref_pool"]) == pytest.approx(ADM["R"]["adm_pool"]["fid"], abs=1e-6)
 
 
@@ -183,6 +185,23 @@ def test_standard_error_of_the_frechet_distance_is_the_spread_of_repeated_draws(
     assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.12)
 
 
+def test_standard_error_from_given_moments_is_the_same(pool):
+    reference, sample = moments(pool["ref_pool"]), moments(pool["smp_pool"])
+    expected = frechet_standard_error(pool["smp_pool"], reference.mean, reference.covariance)
+    assert frechet_standard_error(pool["smp_pool"], reference.mean, reference.covariance, sample) == expected
+
+
+@pytest.mark.parametrize("width", [300, 513])
+def test_products_in_panels_are_the_whole_products(width):
+    features = np.random.default_rng(2).normal(size=(700, width)) * np.linspace(0.1, 3, width)
+    result = moments(features)
+    np.testing.assert_allclose(result.covariance, np.cov(features, rowvar=False), rtol=1e-10, atol=1e-12)
+    factor = torch.linalg.cholesky(torch.from_numpy(result.covariance))
+    product = frechet._whitened(torch.from_numpy(result.covariance), factor)
+    whole = factor.T @ torch.from_numpy(result.covariance) @ factor
+    torch.testing.assert_close(product.tril(), whole.tril(), rtol=1e-10, atol=1e-10)
+
+
 def test_standard_error_with_singular_covariances():
     x = np.random.default_rng(3).normal(size=(10, 30))
     assert 0 < frechet_standard_error(x, np.zeros(30), np.diag([1.0] * 5 + [0.0] * 25)) < 10
@@ -228,22 +247,6 @@ def test_standard_error_of_the_inception_score_is_the_spread_of_repeated_draws()
     assert np.mean([result.se for result in results]) == pytest.approx(np.std([result.mean for result in results]), rel=0.12)
 
 
-# Kernel distance
-
-
-def test_kid_is_torch_fidelitys(pool):
-    result = kid(pool["smp_pool"], pool["ref_pool"], subsets=10, subset_size=100, seed=2020)
-    expected = TORCH["tf_kid_poly_float64"]
-    assert result.mean == pytest.approx(expected["kernel_inception_distance_mean"], abs=1e-12)
-    assert result.subset_std == pytest.approx(expected["kernel_inception_distance_std"], abs=1e-12)
-
-
-def test_kid_is_unbiased():
-    generator = np.random.default_rng(6)
-    values = [kid(generator.normal(size=(20, 3)), generator.normal(size=(20, 3)), 1, 20, 0).mean for _ in range(300)]
-    assert abs(np.mean(values)) < 3 * np.std(values) / 300**0.5
-
-
 # Threads and faults
 
 
@@ -284,7 +287,6 @@ EYE = np.eye(3)
         (lambda: frechet_standard_error(GOOD, np.zeros(2), EYE[:2, :2]), "3 features and the reference 2"),
         (lambda: inception_score(BAD), "NaN or infinite"),
         (lambda: inception_score(GOOD, 0), "split_size is 0"),
-        (lambda: kid(GOOD, GOOD), "100 subsets of 1000 from 12 rows"),
     ],
 )
 def test_faults_name_what_is_wrong(call, message):

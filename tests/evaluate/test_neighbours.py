@@ -38,11 +38,16 @@ def test_precision_and_recall_are_adms_in_fp32(pool, block):
         np.testing.assert_allclose(ours, radii[:, 0], rtol=2e-5)
 
 
-@pytest.mark.parametrize(("key", "k"), [("tf_prc_savecpuram_False", 3), ("tf_prc_k5", 5)])
+@pytest.mark.parametrize(("key", "k"), [("tf_prc_savecpuram_False", 3), ("tf_prc_savecpuram_True", 3), ("tf_prc_k5", 5)])
 def test_precision_and_recall_are_torch_fidelitys(pool, key, k):
     result = precision_recall(pool["ref_pool"], pool["smp_pool"], k)
     assert result.precision == pytest.approx(TORCH[key]["precision"], abs=1e-7)
     assert result.recall == pytest.approx(TORCH[key]["recall"], abs=1e-7)
+
+
+def test_ties_are_torch_fidelitys(pool):
+    result = precision_recall(pool["ties_ref"], pool["ties_smp"])
+    assert [result.precision, result.recall] == pytest.approx([TORCH["tf_prc_ties"][name] for name in ("precision", "recall")], abs=1e-7)
 
 
 @pytest.mark.parametrize("block", [3, 11, 2500])
@@ -77,6 +82,13 @@ def test_half_precision_is_adms(pool):
         assert result.recall == pytest.approx(pool["recall_k3_k5_adm"][index], abs=0.0125 + 1e-12)
 
 
+@pytest.mark.parametrize(("key", "block"), [("precision_adm", 2500), ("precision_adm_blocks70x60", 65)])
+def test_half_precision_is_adms_in_blocks(pool, key, block):
+    result = precision_recall(pool["ref_pool"], pool["smp_pool"], mode="adm-fp16", block=block)
+    assert result.precision == pytest.approx(ADM["R"]["adm_pool"][key], abs=0.0125 + 1e-12)
+    assert result.recall == pytest.approx(ADM["R"]["adm_pool"][key.replace("precision", "recall")], abs=0.0125 + 1e-12)
+
+
 def test_half_precision_overflow_falls_back_to_full(pool):
     result = precision_recall(pool["ref_pool"] * 2**9, pool["smp_pool"] * 2**9, mode="adm-fp16")
     assert result.precision == ADM["R"]["adm_pool"]["precision_fp32"]
@@ -96,13 +108,29 @@ def test_precision_and_recall_swap_with_the_sides(pool):
     assert one.precision_se == pytest.approx((0.64 * 0.36 / 200) ** 0.5)
 
 
-@pytest.mark.parametrize(("key", "k", "sides"), [("prdc_k3", 3, "pool"), ("prdc_k5", 5, "pool"), ("prdc_k3_ties", 3, "ties")])
+@pytest.mark.parametrize(
+    ("key", "k", "sides"), [("prdc_k3", 3, "pool"), ("prdc_k5", 5, "pool"), ("prdc_k3_float64", 3, "pool"), ("prdc_k3_ties", 3, "ties")]
+)
 def test_density_and_coverage_are_prdcs(pool, key, k, sides):
     names = ("ref_pool", "smp_pool") if sides == "pool" else ("ties_ref", "ties_smp")
     for block in (13, 2500):
         result = density_coverage(pool[names[0]], pool[names[1]], k, block)
         assert result.density == pytest.approx(TORCH[key]["density"], abs=1e-12)
         assert result.coverage == pytest.approx(TORCH[key]["coverage"], abs=1e-12)
+
+
+def test_standard_errors_are_the_spread_of_repeated_draws():
+    """Precision, density and coverage over the draw of samples; recall over the draw of the reference, which is what its error says."""
+    generator = np.random.default_rng(10)
+    reference = generator.normal(size=(150, 4))
+    draws = [generator.normal(size=(120, 4)) * 1.2 for _ in range(300)]
+    coverages = [density_coverage(reference, draw) for draw in draws]
+    assert np.mean([c.density_se for c in coverages]) == pytest.approx(np.std([c.density for c in coverages]), rel=0.15)
+    assert 1.0 < np.mean([c.coverage_se for c in coverages]) / np.std([c.coverage for c in coverages]) < 1.6  # an upper bound, and says so
+    shares = [precision_recall(reference, draw) for draw in draws]
+    swapped = [precision_recall(draw, reference) for draw in draws]
+    assert np.mean([s.precision_se for s in shares]) == pytest.approx(np.std([s.precision for s in shares]), rel=0.15)
+    assert np.mean([s.recall_se for s in swapped]) == pytest.approx(np.std([s.recall for s in swapped]), rel=0.15)
 
 
 GOOD = np.random.default_rng(7).normal(size=(12, 3))

@@ -8,7 +8,7 @@ rows, columns, channels.
 N images · H, W pixels · D pooled width · S flattened spatial width · K classes
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -44,9 +44,14 @@ class Features:
 
 
 class FeatureExtractor(Protocol):
-    """A feature network that names itself."""
+    """A feature network that names itself. A network without a spatial map or without classes gives arrays of width 0 for them."""
 
     name: str
+    """what a record calls the network, "inception-2015-12-05" """
+    label: str
+    """what a metric's name calls it: FD-<label>"""
+    resize: str
+    """how images reach the network's own size"""
     weights_hash: str
 
     def __call__(self, images: np.ndarray, batch: int = 500) -> Features:
@@ -58,6 +63,22 @@ def concatenate(parts: Iterable[Features]) -> Features:
     """Join features of consecutive batches."""
     parts = list(parts)
     return Features(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("pool", "spatial", "logits")))
+
+
+def in_batches(features: Callable[[np.ndarray], Features], images: np.ndarray, batch: int) -> Features:
+    """Features of all images, `batch` at a time."""
+    return concatenate(features(images[start : start + batch]) for start in range(0, len(images), batch))
+
+
+def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
+    """uint8 [N,H,W], [N,H,W,1] or [N,H,W,3] as [N,H,W,3]; UserError naming the network for anything else."""
+    if images.dtype != np.uint8:
+        raise UserError(f"{name} got {images.dtype} images: expected uint8 in 0..255; scale, round and convert them first")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+        raise UserError(f"{name} got images of shape {list(images.shape)}: expected one or more, [N, H, W, 3] or grey [N, H, W]")
+    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
 
 class ConvNormRelu(nn.Sequential):
@@ -94,6 +115,8 @@ class FashionFeatures:
     """The toy feature network with frozen weights: D = 128, S = 8 * 8 * 7 = 448, K = 10."""
 
     name = "fashion-cnn"
+    label = "fashion"
+    resize = "none, 32x32"
 
     def __init__(self, path: Path = FASHION_WEIGHTS, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
@@ -109,7 +132,7 @@ class FashionFeatures:
         if images.dtype != np.uint8 or images.shape[1:3] != (32, 32) or images.ndim not in (3, 4) or not len(images):
             raise UserError(f"{self.name} got images {images.dtype} {images.shape}: expected one or more uint8 images of 32x32")
         grey = images if images.ndim == 3 else images[..., 0]
-        return concatenate(self._features(grey[start : start + batch]) for start in range(0, len(grey), batch))
+        return in_batches(self._features, grey, batch)
 
     def _features(self, grey: np.ndarray) -> Features:
         pool, spatial, logits = self.network(to_unit_range(grey).to(self.device))

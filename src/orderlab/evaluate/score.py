@@ -10,7 +10,7 @@ reconstruction stands beside them.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,30 +21,15 @@ from orderlab.config import RunConfig
 from orderlab.data.prepare import decode, fashion_images, token_sets, tokenizer
 from orderlab.errors import UserError
 from orderlab.evaluate.features import FashionFeatures, Features
+from orderlab.evaluate.measure import image_order
 from orderlab.evaluate.metrics import frechet_distance_from_features, frechet_standard_error, inception_score, moments
 from orderlab.evaluate.neighbours import precision_recall
+from orderlab.evaluate.record import Origin, Record
 from orderlab.runtime.files import read_json, write_json
-from orderlab.runtime.run import RunFolder, code_version
+from orderlab.runtime.run import RunFolder
 from orderlab.sampling.sample import SampleSet
 
 NEIGHBOURS = 3
-
-
-@dataclass(frozen=True)
-class Record:
-    """One measured number and everything it depends on."""
-
-    metric: str
-    value: float
-    standard_error: float | None
-    n: int
-    n_reference: int | None
-    network: str
-    weights_hash: str
-    reference: str
-    reference_hash: str
-    protocol: str
-    code: str
 
 
 @dataclass(frozen=True)
@@ -76,17 +61,23 @@ def run(run_dir: str | Path, *, samples: list[str] | None = None) -> dict[str, A
     if missing:
         config = folder.config()
         references = _references(config, folder.root.parent.parent / "tokens")
-        scores.setdefault("tokenizer", [asdict(record) for record in score_reconstruction(references)])
+        scores.setdefault("tokenizer", [record.as_dict() for record in score_reconstruction(references)])
         for name in missing:
             sample_set = SampleSet(folder.samples / name)
             images = decode(tokenizer(config.data.tokenizer), sample_set.tokens_NP)
-            records = score_images(images, sample_set.classes_N, references)
-            scores[name] = {**sample_set.meta, "records": [asdict(record) for record in records]}
+            records = score_images(images, sample_set.classes_N, references, _origin(sample_set))
+            scores[name] = {**sample_set.meta, "records": [record.as_dict() for record in records]}
             write_json(folder.scores, scores)
     return {name: scores[name] for name in names}
 
 
-def score_images(images: np.ndarray, classes_N: np.ndarray, references: References) -> list[Record]:
+def _origin(samples: SampleSet) -> Origin:
+    order = image_order(samples.classes_N, np.zeros((0, 0)))
+    seeds = (samples.config.seed,)
+    return Origin(label_mode=samples.config.labels, image_order=order, rounding="llamagen", resize_before_rounding="none", seeds=seeds)
+
+
+def score_images(images: np.ndarray, classes_N: np.ndarray, references: References, origin: Origin | None = None) -> list[Record]:
     """All metrics of uint8 images [N, 32, 32] whose intended classes are known."""
     features = references.network(images)
     real, tokens = references.real, references.tokens
@@ -95,22 +86,22 @@ def score_images(images: np.ndarray, classes_N: np.ndarray, references: Referenc
     agrees_N = features.logits.argmax(1) == classes_N
     agreement = float(agrees_N.mean())
     rows = [
-        ("FD-fashion", *_frechet(features.pool, real.features.pool), real),
-        ("FD-tok", *_frechet(features.pool, tokens.features.pool), tokens),
-        ("sFD-fashion", *_frechet(features.spatial, real.features.spatial), real),
-        ("IS-fashion", score.mean, score.se, None),
-        ("precision (fashion)", neighbours.precision, neighbours.precision_se, real),
-        ("recall (fashion)", neighbours.recall, neighbours.recall_se, real),
-        ("label agreement", agreement, (agreement * (1 - agreement) / len(agrees_N)) ** 0.5, None),
+        ("FD", "fashion", *_frechet(features.pool, real.features.pool), real),
+        ("FD", "tok", *_frechet(features.pool, tokens.features.pool), tokens),
+        ("sFD", "fashion", *_frechet(features.spatial, real.features.spatial), real),
+        ("IS", "fashion", score.mean, score.se, None),
+        ("precision", "fashion", neighbours.precision, neighbours.precision_se, real),
+        ("recall", "fashion", neighbours.recall, neighbours.recall_se, real),
+        ("label agreement", "fashion", agreement, (agreement * (1 - agreement) / len(agrees_N)) ** 0.5, None),
     ]
-    return [_record(references.network, len(images), *row) for row in rows]
+    return [_record(references.network, len(images), *row, origin=origin) for row in rows]
 
 
 def score_reconstruction(references: References) -> list[Record]:
     """The tokenizer's own Fréchet distance: decoded validation tokens against the images they came from."""
     real, tokens = references.real.features, references.tokens.features
     value, error = _frechet(tokens.pool, real.pool)
-    return [_record(references.network, len(tokens), "FD-fashion (reconstruction)", value, error, references.real)]
+    return [_record(references.network, len(tokens), "FD-fashion (reconstruction)", "fashion", value, error, references.real)]
 
 
 def _frechet(samples_ND: np.ndarray, reference_MD: np.ndarray) -> tuple[float, float]:
@@ -120,9 +111,20 @@ def _frechet(samples_ND: np.ndarray, reference_MD: np.ndarray) -> tuple[float, f
     )
 
 
-def _record(network: FashionFeatures, n: int, metric: str, value: float, error: float | None, reference: Reference | None) -> Record:
+def _record(
+    network: FashionFeatures,
+    n: int,
+    quantity: str,
+    label: str,
+    value: float,
+    error: float | None,
+    reference: Reference | None,
+    *,
+    origin: Origin | None = None,
+) -> Record:
     return Record(
-        metric=metric,
+        quantity=quantity,
+        label=label,
         value=float(value),
         standard_error=None if error is None else float(error),
         n=n,
@@ -131,8 +133,10 @@ def _record(network: FashionFeatures, n: int, metric: str, value: float, error: 
         weights_hash=network.weights_hash,
         reference=reference.name if reference else "none",
         reference_hash=reference.hash if reference else "",
-        protocol="float64, uint8 images by clamp(127.5 x + 128), precision and recall k=3 in fp32",
-        code=code_version(),
+        protocol="custom",
+        resize=network.resize,
+        dtype="float64",
+        origin=origin or Origin(),
     )
 
 
@@ -140,7 +144,7 @@ def _record(network: FashionFeatures, n: int, metric: str, value: float, error: 
 def _references(config: RunConfig, cache: Path) -> References:
     """The references of a run's data; made once per process."""
     if config.data.source != "fashion":
-        raise UserError("scoring ImageNet samples needs an Inception reference, which this version does not read; score a fashion run")
+        raise UserError("ImageNet samples are scored as files: orderlab sample --npz FILE, then orderlab score FILE --reference REFERENCE")
     network = FashionFeatures()
     images, _ = fashion_images(config.data, "validation")
     _, validation = token_sets(config.data, config.model.grid, cache)

@@ -1,4 +1,4 @@
-"""Verbs of one run: train, sample, nll, score."""
+"""Verbs of one run: train, sample, nll."""
 
 from __future__ import annotations
 
@@ -88,6 +88,9 @@ def sample(
     seed: int = 0,
     checkpoint: str = "final",
     picture: Path | None = None,
+    npz: Path | None = None,
+    rounding: str = "llamagen",
+    resize: int | None = None,
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
@@ -108,6 +111,9 @@ def sample(
         seed: image i is a function of (seed, i)
         checkpoint: final or final-ema
         picture: also write a PNG of the first 100 images
+        npz: also write the images as ADM's evaluator and orderlab score read them
+        rounding: of the npz: llamagen (truncate 127.5 x + 128) or truncate (127.5 x + 127.5, as RAR and ADM)
+        resize: of the npz: pixels along a side, bicubic without antialias before rounding; none when empty
         dry_run: print the cost; generate nothing
         json: print for programs
     """
@@ -119,6 +125,10 @@ def sample(
     from orderlab.order.paths import parse_order_name
 
     parse_order_name(order)
+    if npz is not None:
+        from orderlab.sampling.export import check_rules
+
+        check_rules(rounding, resize)
     if dry_run:
         from orderlab.cost import sampling_cost
         from orderlab.runtime.run import RunFolder
@@ -134,7 +144,11 @@ def sample(
         out = module.run(config, run, checkpoint=checkpoint, progress=lambda done, total: bar.update(done))
     if picture is not None:
         save_samples(run, out.name, picture)
-    print_result({"samples": str(out)}, json)
+    if npz is not None:
+        from orderlab.verbs.quality import write_npz
+
+        write_npz(out, npz, rounding, resize)
+    print_result({"samples": str(out), **({"npz": str(npz)} if npz else {})}, json)
 
 
 def nll(
@@ -172,23 +186,3 @@ def nll(
     for name, result in results.items():
         mark = "  above the uniform guess" if result["nll_per_token"] > result["uniform_nll"] else ""
         print(f"{name:<14} {result['nll_per_token']:10.4f}  {result['standard_error']:6.4f}  {result['bits_per_image']:10.1f}{mark}")
-
-
-def score(run: Path, /, json: bool = False) -> None:
-    """Score every sample set of a run that has no score yet.
-
-    Args:
-        run: the run folder
-        json: print the full records
-    """
-    from orderlab.evaluate.score import run as measure
-
-    results = measure(run)
-    if json:
-        print_json(results)
-        return
-    for name, result in results.items():
-        print(name)
-        for record in result["records"]:
-            reference = f" against {record['reference']}" if record["n_reference"] else ""
-            print(f"  {record['metric']:<22} {record['value']:9.4f} ± {record['standard_error']:.4f}   N {record['n']:,}{reference}")

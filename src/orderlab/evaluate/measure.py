@@ -1,0 +1,178 @@
+"""From images to records: the features of a stream of images, and every metric of them against a reference.
+
+Features are kept (pooled, spatial, logits: 21 kB an image with Inception), images are not. Inception Score runs over unshuffled splits of
+5,000, as ADM's; a file sorted by class is told from its labels, or from what the network sees, and gets a warning.
+
+K classes · M reference rows · N sample rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from orderlab.evaluate.features import FeatureExtractor, Features, concatenate
+from orderlab.evaluate.frechet import Moments, frechet_distance_to, frechet_standard_error, moments
+from orderlab.evaluate.kernels import mmd
+from orderlab.evaluate.metrics import inception_score
+from orderlab.evaluate.neighbours import PRMode, density_coverage, precision_recall
+from orderlab.evaluate.record import INCEPTION, Origin, Record
+from orderlab.evaluate.reference import Reference
+
+MMD_ROWS = 10_000
+SPLIT = 5000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Features of a set of samples and what is known of it."""
+
+    features: Features
+    origin: Origin
+    resize: str
+    labels_N: np.ndarray | None = None
+    note: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be chosen about a measurement."""
+
+    pr_mode: PRMode = "fp32"
+    shuffle_seed: int | None = None
+    """shuffle before Inception Score, as torch-fidelity does; ADM does not"""
+    has_density: bool = False
+    """density and coverage too"""
+
+
+def measure_images(
+    batches: Iterable[np.ndarray], network: FeatureExtractor, origin: Origin, labels_N: np.ndarray | None = None
+) -> Measured:
+    """Features of all images, batch by batch."""
+    size = ""
+    parts = []
+    for images in batches:
+        size = "x".join(map(str, images.shape[1:3]))
+        parts.append(network(images))
+    features = concatenate(parts)
+    if origin.image_order == "unknown":
+        origin = replace(origin, image_order=image_order(labels_N, features.logits))
+    return Measured(features, origin, f"{size}, {network.resize}", labels_N)
+
+
+def image_order(labels_N: np.ndarray | None, logits_NK: np.ndarray) -> str:
+    """class-sorted, mixed or unknown: from the labels, or from how often neighbours in the file look like one class."""
+    if labels_N is not None:
+        has_classes = len(np.unique(labels_N)) > 1
+        return "class-sorted" if has_classes and bool((np.diff(labels_N) >= 0).all()) else "mixed"
+    if len(logits_NK) < 50 or logits_NK.shape[1] < 2:
+        return "unknown"
+    seen_N = logits_NK.argmax(1)
+    shares_K = np.bincount(seen_N) / len(seen_N)
+    expected, found = float((shares_K**2).sum()), float((seen_N[1:] == seen_N[:-1]).mean())
+    noise = (expected * (1 - expected) / (len(seen_N) - 1)) ** 0.5
+    return "class-sorted" if found > expected + max(6 * noise, 0.1 * (1 - expected)) else "mixed"
+
+
+def records(measured: Measured, reference: Reference, network: FeatureExtractor, options: Options | None = None) -> list[Record]:
+    """Every metric that the network and the reference allow."""
+    options = options or Options()
+    writer = _Writer(measured, reference, network)
+    features = measured.features
+    writer.frechet("FD", features.pool, reference.pool)
+    if reference.spatial is not None and features.spatial.shape[1]:
+        writer.frechet("sFD", features.spatial, reference.spatial)
+    if features.logits.shape[1] > 1:
+        score = inception_score(features.logits, SPLIT, options.shuffle_seed)
+        writer.add("IS", score.mean, score.se, protocol="adm" if options.shuffle_seed is None else "custom", is_referenced=False)
+    if reference.features_MD is not None:
+        writer.neighbours(reference.features_MD, options)
+    return writer.records
+
+
+class _Writer:
+    """Collects the records of one measurement."""
+
+    def __init__(self, measured: Measured, reference: Reference, network: FeatureExtractor):
+        self.measured, self.reference, self.network = measured, reference, network
+        self.records: list[Record] = []
+
+    def add(
+        self,
+        quantity: str,
+        value: float,
+        error: float | None,
+        *,
+        protocol: str,
+        dtype: str = "float64",
+        n: int | None = None,
+        n_reference: int | None = None,
+        is_referenced: bool = True,
+    ) -> None:
+        self.records.append(
+            Record(
+                quantity=quantity,
+                label=self.network.label,
+                value=float(value),
+                standard_error=None if error is None else float(error),
+                n=n or len(self.measured.features),
+                n_reference=n_reference,
+                network=self.network.name,
+                weights_hash=self.network.weights_hash,
+                reference=self.reference.name if is_referenced else "none",
+                reference_hash=self.reference.hash if is_referenced else "",
+                protocol=protocol if self.network.name == INCEPTION else "custom",
+                resize=self.measured.resize,
+                dtype=dtype,
+                origin=self.measured.origin,
+            )
+        )
+
+    def frechet(self, quantity: str, features_ND: np.ndarray, reference: Moments) -> None:
+        own = moments(features_ND)
+        value = frechet_distance_to(features_ND, reference.mean, reference.covariance, own)
+        error = frechet_standard_error(features_ND, reference.mean, reference.covariance, own)
+        self.add(quantity, value, error, protocol="adm", n_reference=reference.count or None)
+
+    def neighbours(self, reference_MD: np.ndarray, options: Options) -> None:
+        pool_ND, count = self.measured.features.pool, len(reference_MD)
+        shares = precision_recall(reference_MD, pool_ND, mode=options.pr_mode)
+        protocol, dtype = ("adm", "float16") if options.pr_mode == "adm-fp16" else ("adm-fp32", "float64")
+        for quantity, value, error in (
+            ("precision", shares.precision, shares.precision_se),
+            ("recall", shares.recall, shares.recall_se),
+        ):
+            self.add(quantity, value, error, protocol=protocol, dtype=dtype, n_reference=count)
+        few_ND, few_MD = spread(pool_ND), spread(reference_MD)
+        distance = mmd(few_ND, few_MD)
+        self.add("KID", distance.value, distance.se, protocol="custom", n=len(few_ND), n_reference=len(few_MD))
+        if options.has_density:
+            result = density_coverage(reference_MD, pool_ND)
+            self.add("density", result.density, result.density_se, protocol="custom", n_reference=count)
+            self.add("coverage", result.coverage, result.coverage_se, protocol="custom", n_reference=count)
+
+
+def spread(features_ND: np.ndarray, most: int = MMD_ROWS) -> np.ndarray:
+    """At most so many rows, evenly spaced."""
+    if len(features_ND) <= most:
+        return features_ND
+    return features_ND[np.linspace(0, len(features_ND) - 1, most).round().astype(int)]
+
+
+def warnings(measured: Measured, options: Options) -> list[str]:
+    """What a reader of the numbers must know, one line each."""
+    lines = []
+    if measured.origin.image_order == "class-sorted" and options.shuffle_seed is None:
+        lines.append(
+            "the samples are sorted by class: Inception Score over unshuffled splits sees few classes at a time and comes out low; "
+            "give --shuffle 0, or write the samples in mixed order"
+        )
+    if len(measured.features) <= measured.features.pool.shape[1]:
+        lines.append(
+            f"{len(measured.features):,} samples for {measured.features.pool.shape[1]:,} features: the Fréchet distance is exact (low-rank form) "
+            "and strongly biased upwards; compare at equal N only"
+        )
+    return lines

@@ -1,0 +1,127 @@
+"""Samples to be measured, wherever they lie: an npz file, a sample set, or all sample sets of a run folder.
+
+N images · H, W pixels
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orderlab.data.fashion import load_fashion
+from orderlab.data.npz import NpzFile
+from orderlab.data.prepare import tokenizer
+from orderlab.errors import UserError
+from orderlab.evaluate.extractors import default_network
+from orderlab.evaluate.extractors import extractor as load_network
+from orderlab.evaluate.features import FashionFeatures, FeatureExtractor
+from orderlab.evaluate.frechet import moments
+from orderlab.evaluate.measure import Measured, measure_images
+from orderlab.evaluate.record import Origin
+from orderlab.evaluate.reference import BATCH, Reference, read_reference
+from orderlab.runtime.run import RunFolder
+from orderlab.sampling.export import decoded
+from orderlab.sampling.sample import SampleSet
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images that can be walked through, and what is known of them."""
+
+    name: str
+    count: int
+    height: int
+    width: int
+    labels_N: np.ndarray | None
+    origin: Origin
+    images: Callable[[], Iterator[np.ndarray]]
+    """starts a walk over uint8 batches [batch, H, W, 3]"""
+    folder: Path | None = None
+    """of a sample set"""
+
+    def measured(self, network: FeatureExtractor) -> Measured:
+        return measure_images(self.images(), network, self.origin, self.labels_N)
+
+
+def load_samples(path: str | Path) -> list[Samples]:
+    """The samples at `path`: one for a file or a sample set, one a set for a run folder. Raises UserError when there are none."""
+    path = Path(path)
+    if path.is_file():
+        return [_from_npz(path)]
+    if (path / "sample.json").exists():
+        return [_from_set(path)]
+    if (path / "config.json").exists():
+        sets = sorted(file.parent for file in (path / "samples").glob("*/sample.json"))
+        if sets:
+            return [_from_set(folder) for folder in sets]
+        raise UserError(f"{path} has no samples; run orderlab sample first")
+    raise UserError(f"{path} is neither an npz file, a sample set nor a run folder; expected one of these")
+
+
+def _from_npz(file: Path) -> Samples:
+    with NpzFile(file) as npz:
+        npz.require("arr_0", why="expected a sample file with uint8 images [N, H, W, 3] under arr_0")
+        count, height, width, _ = npz.image_shape()
+        labels_N, note = npz.labels(count), npz.note()
+    origin = _origin(note)
+
+    def images() -> Iterator[np.ndarray]:
+        with NpzFile(file) as npz:
+            yield from npz.images(BATCH)
+
+    return Samples(file.name, count, height, width, labels_N, origin, images)
+
+
+def _origin(note: dict[str, Any]) -> Origin:
+    """What a file says of its own making; anything else than strings and whole numbers counts as unknown."""
+    known = {name: value if isinstance(value := note.get(name), str) else "unknown" for name in ("label_mode", "rounding", "resize")}
+    seeds = note.get("seeds")
+    whole = tuple(seed for seed in seeds if isinstance(seed, int)) if isinstance(seeds, list) else ()
+    return Origin(known["label_mode"], rounding=known["rounding"], resize_before_rounding=known["resize"], seeds=whole)
+
+
+def _from_set(folder: Path) -> Samples:
+    samples = SampleSet(folder)
+    vq = tokenizer(RunFolder(folder.parent.parent).config().data.tokenizer)
+    height, width = next(decoded(samples, vq, "llamagen", None)).shape[1:3]
+    origin = Origin(label_mode=samples.config.labels, rounding="llamagen", resize_before_rounding="none", seeds=(samples.config.seed,))
+    labels_N = samples.classes_N.astype(np.int64)
+    return Samples(
+        folder.name, len(labels_N), height, width, labels_N, origin, lambda: decoded(samples, vq, "llamagen", None), folder.absolute()
+    )
+
+
+def network_for(samples: Samples, name: str | None) -> FeatureExtractor:
+    """The network called `name`, or the one that fits the images' size."""
+    return load_network(name or default_network(samples.height, samples.width))
+
+
+def reference_for(file: Path | None, network: FeatureExtractor) -> Reference:
+    """The reference file, or for the toy classifier the package's validation images."""
+    if file is not None:
+        return read_reference(file, network)
+    if isinstance(network, FashionFeatures):
+        return fashion_reference(network)
+    raise UserError(f"samples seen by {network.name} need --reference FILE (ADM's npz, or one of orderlab reference)")
+
+
+@lru_cache(maxsize=2)
+def fashion_reference(network: FashionFeatures) -> Reference:
+    """The 5,000 validation images in the package."""
+    images, labels = load_fashion("validation")
+    features = network(images)
+    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()[:16]
+    return Reference(
+        f"{len(images)} validation images",
+        digest,
+        moments(features.pool),
+        moments(features.spatial),
+        features.pool,
+        labels.astype(np.int64),
+    )

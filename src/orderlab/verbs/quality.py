@@ -1,0 +1,226 @@
+"""Verbs of measuring quality: score, compare, nearest, reference, weights and their bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orderlab.errors import UserError
+from orderlab.verbs.output import print_json
+
+
+def weights_inception(file: Path | None = None, download: bool = False) -> None:
+    """Take or fetch the Inception weights that FID needs, check them and keep them in the cache.
+
+    Args:
+        file: the file pt_inception-2015-12-05-6726825d.pth, already on this machine
+        download: fetch it
+    """
+    from orderlab.evaluate import weights
+
+    if (file is None) == (not download):
+        raise UserError(f"give either --file or --download; {weights.how_to_get()}")
+    place = weights.download() if file is None else weights.install(file)
+    print(f"Inception weights: {place}")
+
+
+def score(
+    samples: Path,
+    /,
+    reference: Path | None = None,
+    network: str | None = None,
+    pr_mode: str = "fp32",
+    shuffle: int | None = None,
+    density: bool = False,
+    per_class: bool = False,
+    json: bool = False,
+) -> None:
+    """Score a sample file, or every sample set of a run that has no score yet.
+
+    Args:
+        samples: an npz with uint8 images under arr_0, or a run folder
+        reference: ADM's npz or one of orderlab reference; for 32x32 images the package's validation images when empty
+        network: inception, fashion, efficientnet-lite0 or a TorchScript file; by image size when empty
+        pr_mode: precision and recall in fp32, or adm-fp16 as in published tables
+        shuffle: seed to shuffle by before Inception Score; ADM does not shuffle
+        density: density and coverage too
+        per_class: a table of classes too
+        json: print the full records
+    """
+    is_file = samples.is_file() or samples.suffix == ".npz"
+    if is_file or reference or network or density or shuffle is not None or per_class or pr_mode != "fp32":
+        _score_samples(samples, reference, network, {"pr_mode": pr_mode, "shuffle_seed": shuffle, "has_density": density}, per_class, json)
+        return
+    from orderlab.evaluate.score import run as measure
+
+    results = measure(samples)
+    if json:
+        print_json(results)
+        return
+    for name, result in results.items():
+        print(name)
+        _print_records(result["records"])
+
+
+def _score_samples(
+    path: Path, reference: Path | None, network: str | None, options: dict[str, Any], has_classes: bool, as_json: bool
+) -> None:
+    from orderlab.evaluate.score_samples import run as measure
+
+    results = measure(path, reference=reference, network=network, options=options, has_classes=has_classes)
+    if as_json:
+        print_json(results)
+        return
+    for name, result in results.items():
+        print(name)
+        for warning in result["warnings"]:
+            print(f"  warning: {warning}")
+        _print_records(result["records"])
+        for row in result.get("classes", []):
+            print(
+                f"  class {row['label']:>4}  KID {row['kid']:9.5f} ± {row['kid_standard_error']:.5f}   FD {row['fd']:9.3f}"
+                f" (as many real images: {row['fd_bias']:.3f})   N {row['n']:,} against {row['n_reference']:,}"
+            )
+
+
+def _print_records(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        against = f" against {record['reference']}" if record["reference_hash"] else ""
+        error = "" if record["standard_error"] is None else f" ± {record['standard_error']:.4f}"
+        print(f"  {record['metric']:<24} {record['value']:10.4f}{error:<11}   N {record['n']:,}{against}")
+    reasons = list(dict.fromkeys(reason for record in records for reason in record["not_comparable"]))
+    if reasons:
+        print(f"  not comparable with published numbers: {'; '.join(reasons)}")
+
+
+def compare(
+    a: Path,
+    b: Path,
+    /,
+    reference: Path | None = None,
+    network: str | None = None,
+    blocks: int = 10,
+    json: bool = False,
+) -> None:
+    """The difference of each metric between two sets of samples, with its standard error over blocks of seeds.
+
+    Args:
+        a: a sample file, a sample set's folder or a run folder
+        b: what it is compared with: same labels, same seeds
+        reference: ADM's npz or one of orderlab reference; for 32x32 images the package's validation images when empty
+        network: inception, fashion, efficientnet-lite0 or a TorchScript file; by image size when empty
+        blocks: blocks of images that the error is taken over
+        json: print for programs
+    """
+    from orderlab.evaluate.compare import run as measure
+
+    result = measure(a, b, reference=reference, network=network, blocks=blocks)
+    if json:
+        print_json(result)
+        return
+    for pair in result["pairs"]:
+        print(f"A {a} {pair['a']}\nB {b} {pair['b']}")
+        for warning in pair["warnings"]:
+            print(f"warning: {warning}")
+        print(f"{'metric':<20} {'A':>10} {'B':>10} {'A - B':>10}  ± s.e.")
+        for row in pair["differences"]:
+            print(f"{row['metric']:<20} {row['a']:10.4f} {row['b']:10.4f} {row['difference']:10.4f}  {row['standard_error']:.4f}")
+
+
+def nearest(samples: Path, /, picture: Path | None = None, network: str | None = None, json: bool = False) -> None:
+    """Nearest training images of a run's samples: does the model copy?
+
+    Args:
+        samples: a sample set's folder, or a run folder with one sample set
+        picture: write the samples nearest to training data beside their neighbours as a PNG
+        network: inception, fashion, efficientnet-lite0 or a TorchScript file; by image size when empty
+        json: print for programs
+    """
+    from orderlab.evaluate.memorisation import run as measure
+
+    result = measure(samples, picture=picture, network=network)
+    if json:
+        print_json(result)
+        return
+    print(
+        f"{result['samples']}: {result['n']:,} samples, {result['n_training']:,} training and {result['n_validation']:,} validation images"
+    )
+    print(f"  token-for-token copies of training images: {result['copies']} (of validation images: {result['copies_in_validation']})")
+    print(
+        f"  median distance to training data: {result['median_distance']:.4f} (validation: {result['median_distance_of_validation']:.4f})"
+    )
+    share, error = result["nearer_than_validation"], result["nearer_than_validation_standard_error"]
+    print(f"  nearer to training data than a validation image: {share:.3f} ± {error:.3f} (0.5 for fresh images, 1 for copies)")
+    if "train_nll" in result:
+        print(f"  NLL, nats a token: training {result['train_nll']:.4f}, validation {result['validation_nll']:.4f}")
+
+
+def reference(images: Path, /, out: Path, network: str | None = None, keep: int = 10_000, size: int | None = None) -> None:
+    """Make a reference file from a folder of images or a token set.
+
+    Args:
+        images: folder of images (subfolders are classes), or a token set
+        out: npz to write
+        network: inception, fashion, efficientnet-lite0 or a TorchScript file; by image size when empty
+        keep: images kept for precision and recall, evenly spaced
+        size: centre crop to so many pixels, as ADM crops
+    """
+    from orderlab.data.images import image_batches
+    from orderlab.evaluate.extractors import default_network, extractor
+    from orderlab.evaluate.reference import make_reference
+
+    first = image_batches(images, 1, size)
+    seen = extractor(network or default_network(first.height, first.width))
+    count = make_reference(images, out, seen, keep, size)
+    print(f"reference: {out} · {count:,} images of {first.height}x{first.width} · {seen.name}")
+
+
+def reference_verify(reference: Path, samples: Path, /) -> None:
+    """Prove that a file is ADM's reference: ADM's own samples must score ADM's published numbers against it.
+
+    Args:
+        reference: VIRTUAL_imagenet256_labeled.npz
+        samples: admnet_guided_upsampled_imagenet256.npz
+    """
+    from orderlab.evaluate.verify import verify
+    from orderlab.evaluate.weights import inception
+
+    records = verify(reference, samples, inception())
+    print(f"{reference.name} is ADM's reference: {', '.join(f'{record.quantity} {record.value:.4f}' for record in records)}")
+
+
+def bench_metrics(
+    samples: int = 5000,
+    width: int = 2048,
+    repeats: int = 3,
+    stream: int = 50_000,
+    scipy: bool = True,
+    out: Path = Path("bench/metrics.json"),
+    json: bool = False,
+) -> None:
+    """Seconds and memory of the metrics on one core, beside scipy's sqrtm in the same run.
+
+    Args:
+        samples: rows of features on each side
+        width: features; Inception has 2048
+        repeats: timed repetitions; medians are printed
+        stream: rows streamed through the moments
+        scipy: time scipy's sqrtm too
+        out: JSON file to write
+        json: print the JSON in place of the table
+    """
+    from orderlab.evaluate.bench import run
+
+    result = run(samples, width, repeats=repeats, stream=stream, has_scipy=scipy, out=out, quiet=json)
+    if json:
+        print_json(result)
+
+
+def write_npz(folder: Path, file: Path, rounding: str, size: int | None) -> None:
+    """A sample set as ADM's image file, by the rules of `orderlab sample`."""
+    from orderlab.data.prepare import tokenizer
+    from orderlab.runtime.run import RunFolder
+    from orderlab.sampling.export import write_npz as write
+    from orderlab.sampling.sample import SampleSet
+
+    write(SampleSet(folder), tokenizer(RunFolder(folder.parent.parent).config().data.tokenizer), file, rounding=rounding, size=size)

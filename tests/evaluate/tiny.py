@@ -1,0 +1,26 @@
+"""A feature network small enough for unit tests, with the widths of the stored tiny reference: D = 6, S = 5, K = 4."""
+
+import numpy as np
+
+from orderlab.evaluate.features import Features, as_rgb
+
+
+class Tiny:
+    label = "tiny"
+    resize = "none"
+
+    def __init__(self, name: str = "tiny", weights_hash: str = "0123456789abcdef", widths: tuple[int, int, int] = (6, 5, 4)):
+        self.name, self.weights_hash, self.widths = name, weights_hash, widths
+        self.seen: list[int] = []
+
+    def __call__(self, images: np.ndarray, batch: int = 500) -> Features:
+        flat = as_rgb(images, self.name).reshape(len(images), -1).astype(np.float32) / 255
+        self.seen.append(len(images))
+        projections = np.random.RandomState(0).standard_normal((sum(self.widths), flat.shape[1])).astype(np.float32)
+        parts = np.split(flat @ projections.T, np.cumsum(self.widths)[:-1], axis=1)
+        return Features(*parts)
+
+
+def noise(count: int, seed: int, side: int = 8) -> np.ndarray:
+    """uint8 images [count, side, side, 3]."""
+    return np.random.RandomState(seed).randint(0, 256, (count, side, side, 3)).astype(np.uint8)
