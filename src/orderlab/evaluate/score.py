@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from orderlab.config import RunConfig
+from orderlab.config import DataConfig
 from orderlab.data.prepare import decode, fashion_images, token_sets, tokenizer
 from orderlab.errors import UserError
 from orderlab.evaluate.features import FashionFeatures, Features
@@ -60,7 +60,7 @@ def run(run_dir: str | Path, *, samples: list[str] | None = None) -> dict[str, A
     missing = [name for name in names if name not in scores]
     if missing:
         config = folder.config()
-        references = _references(config, folder.root.parent.parent / "tokens")
+        references = _references(config.data, config.model.grid, folder.root.parent.parent / "tokens")
         scores.setdefault("tokenizer", [record.as_dict() for record in score_reconstruction(references)])
         for name in missing:
             sample_set = SampleSet(folder.samples / name)
@@ -141,15 +141,15 @@ def _record(
 
 
 @lru_cache(maxsize=2)
-def _references(config: RunConfig, cache: Path) -> References:
-    """The references of a run's data; made once per process."""
-    if config.data.source != "fashion":
+def _references(data: DataConfig, grid: tuple[int, int], cache: Path) -> References:
+    """The references of a data config; made once per process, whatever the number of runs."""
+    if data.source != "fashion":
         raise UserError("ImageNet samples are scored as files: orderlab sample --npz FILE, then orderlab score FILE --reference REFERENCE")
     network = FashionFeatures()
-    images, _ = fashion_images(config.data, "validation")
-    _, validation = token_sets(config.data, config.model.grid, cache)
+    images, _ = fashion_images(data, "validation")
+    _, validation = token_sets(data, grid, cache)
     _, tokens_NP = validation.read(np.arange(len(validation)))
-    decoded = decode(tokenizer(config.data.tokenizer), tokens_NP)
+    decoded = decode(tokenizer(data.tokenizer), tokens_NP)
     return References(
         network=network,
         real=Reference(f"{len(images)} validation images", network(images), _hash(images)),
