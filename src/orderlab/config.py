@@ -105,6 +105,27 @@ class GPTConfig(Frozen):
         return self
 
 
+class OrderHeadConfig(Frozen):
+    """Sizes of the OrderHead; the defaults are the study's, on GPT-B."""
+
+    state_dim: int = Field(768, ge=1)
+    """Width of the GPT states that are scored."""
+    entry_dim: int = Field(8, ge=1)
+    """Width of a codebook entry."""
+    positions: int = Field(256, ge=2)
+    dim: int = Field(256, ge=2)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(8, ge=1)
+    mlp_dim: int = Field(1024, ge=1)
+    registers: int = Field(4, ge=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> OrderHeadConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} does not divide over {self.heads} heads")
+        return self
+
+
 class DataConfig(Frozen):
     """Where the tokens come from."""
 

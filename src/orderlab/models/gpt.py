@@ -46,7 +46,8 @@ class GPT(nn.Module):
     """`model(classes_B, tokens_BT, order_BT) -> logits_BTV`: logits[:, j] predict the token at position order[:, j].
 
     `tokens_BT` are in step space and hold all T tokens; the last is never an input. T may be shorter than the grid: the
-    prefix of a generation. `order` is [T] or [B, T]. `target` feeds the target-aware table: True, False, a BoolTensor [B]
+    prefix of a generation. `order` is [T] or [B, T]. `token_scale_BT` multiplies the token embeddings (the OrderHead's path
+    for gradients). `target` feeds the target-aware table: True, False, a BoolTensor [B]
     (per sample), or None for what the config says of inference.
     """
 
@@ -83,13 +84,30 @@ class GPT(nn.Module):
     def null_class(self) -> int:
         return self.config.classes
 
-    def forward(self, classes_B: Tensor, tokens_BT: Tensor, order_BT: Tensor, *, target: bool | Tensor | None = None) -> Tensor:
-        return self.head(self.hidden(classes_B, tokens_BT, order_BT, target=target))
+    def forward(
+        self,
+        classes_B: Tensor,
+        tokens_BT: Tensor,
+        order_BT: Tensor,
+        *,
+        target: bool | Tensor | None = None,
+        token_scale_BT: Tensor | None = None,
+    ) -> Tensor:
+        return self.head(self.hidden(classes_B, tokens_BT, order_BT, target=target, token_scale_BT=token_scale_BT))
 
-    def hidden(self, classes_B: Tensor, tokens_BT: Tensor, order_BT: Tensor, *, target: bool | Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        classes_B: Tensor,
+        tokens_BT: Tensor,
+        order_BT: Tensor,
+        *,
+        target: bool | Tensor | None = None,
+        token_scale_BT: Tensor | None = None,
+    ) -> Tensor:
         """The final-norm hidden state of every slot: [B, T, D]."""
         order_BT = order_BT.expand_as(tokens_BT)
-        h_BTD = self.embed(classes_B, tokens_BT[:, :-1], order_BT, target)
+        scale_BT = None if token_scale_BT is None else token_scale_BT[:, :-1]
+        h_BTD = self.embed(classes_B, tokens_BT[:, :-1], order_BT, target, scale_BT)
         rope_BTK2 = self.rope(order_BT[:, :-1], h_BTD.device)
         for layer in self.layers:
             h_BTD = layer(h_BTD, rope_BTK2)
@@ -100,9 +118,14 @@ class GPT(nn.Module):
         logits_BTV = self.output(hidden_BTD)
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
 
-    def embed(self, classes_B: Tensor, inputs_BT: Tensor, order_BT: Tensor, target: bool | Tensor | None) -> Tensor:
+    def embed(
+        self, classes_B: Tensor, inputs_BT: Tensor, order_BT: Tensor, target: bool | Tensor | None, scale_BT: Tensor | None = None
+    ) -> Tensor:
         """Input slots [class, tokens], the target table added before the dropout. `order_BT` has one step more than `inputs_BT`."""
-        h_BTD = torch.cat([self.cls_embedding(classes_B)[:, None], self.tok_embeddings(inputs_BT)], dim=1)
+        tokens_BTD = self.tok_embeddings(inputs_BT)
+        if scale_BT is not None:
+            tokens_BTD = tokens_BTD * scale_BT[..., None]
+        h_BTD = torch.cat([self.cls_embedding(classes_B)[:, None], tokens_BTD], dim=1)
         if self.config.slot_bias:
             h_BTD = h_BTD + self.slot_bias.weight[: h_BTD.shape[1]]
         ta_BTD = self.target_rows(order_BT, target)

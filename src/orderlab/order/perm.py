@@ -43,6 +43,17 @@ def random_orders(count: int, positions: int, generator: torch.Generator) -> Ten
     return torch.rand(count, positions, dtype=torch.float64, generator=generator).argsort(dim=1)
 
 
+def highest(scores_BP: Tensor, count: int) -> Tensor:
+    """Which positions have one of the `count` highest scores [B, P]; ties go to the lower position."""
+    ranked_BT = scores_BP.argsort(dim=1, descending=True, stable=True)
+    return rank(ranked_BT) < count
+
+
+def in_two_groups(is_first_BP: Tensor) -> Tensor:
+    """The order [B, T] that generates the marked positions first; both groups in raster order."""
+    return (~is_first_BP).to(torch.uint8).argsort(dim=1, stable=True)
+
+
 def as_batch(order: Tensor, batch: int, positions: int) -> Tensor:
     """Check an order [P] or [B, P] and expand it to [batch, P].
 

@@ -1,0 +1,153 @@
+"""The OrderHead: a small transformer that scores grid positions, and the straight-through split that turns scores into an order.
+
+The study's Section 6. Scores are z-normalised per image and cut at the k-th: the first group, then the second, each in raster
+order. The cut has no gradient, so the loss reaches the scores through `token_scale`, which multiplies the token embeddings of a
+GPT: 1 in the forward pass, and in the backward pass the slope of a soft mask around the cut (straight-through, 1308.3432).
+Nothing is drawn here; where the study samples an order, the noise is an argument.
+"""
+
+# B batch · P grid position · T generation step · D width of the scored states · C width of a codebook entry
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from orderlab.config import OrderHeadConfig
+from orderlab.errors import UserError
+from orderlab.order.perm import highest, in_two_groups
+
+Gate = Literal["identity", "context-only"]
+NORMALISE_EPS = 1e-6
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional multi-head attention; q, k and v in one matrix with a bias."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.projection = nn.Linear(dim, dim)
+
+    def forward(self, x_BPD: Tensor) -> Tensor:
+        q, k, v = self.qkv(x_BPD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.projection(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class ViTBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the pre-norm block of ViT (2010.11929)."""
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int):
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = SelfAttention(dim, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim))
+
+    def forward(self, x_BPD: Tensor) -> Tensor:
+        x_BPD = x_BPD + self.attention(self.attention_norm(x_BPD))
+        return x_BPD + self.mlp(self.mlp_norm(x_BPD))
+
+
+class ScoredOrdering(nn.Module):
+    """`head(states_BPD) -> scores_BP`: the higher, the earlier. With the study's sizes (no argument) 3,459,841 parameters.
+
+    The states are a GPT's final-norm hidden states of the slots that predict each position. Images marked in `is_truth_B` are
+    scored from their own codebook entries `entries_BPC` instead: the curriculum for a GPT that knows nothing yet.
+    """
+
+    def __init__(self, config: OrderHeadConfig | None = None, seed: int = 0):
+        super().__init__()
+        self.config = config = config or OrderHeadConfig()
+        self.state_projection = nn.Sequential(nn.Linear(config.state_dim, config.dim), nn.LayerNorm(config.dim))
+        self.truth_projection = nn.Sequential(nn.Linear(config.entry_dim, config.dim), nn.LayerNorm(config.dim))
+        self.registers = nn.Parameter(torch.empty(1, config.registers, config.dim))
+        self.positions = nn.Parameter(torch.empty(1, config.registers + config.positions, config.dim))
+        self.blocks = nn.Sequential(*(ViTBlock(config.dim, config.heads, config.mlp_dim) for _ in range(config.layers)))
+        self.head = nn.Sequential(nn.Linear(config.dim, config.dim // 2), nn.GELU(), nn.Linear(config.dim // 2, 1))
+        self.init_weights(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """N(0, 0.02) for matrices, registers and positions; zero biases; norms at one."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)
+
+    def forward(self, states_BPD: Tensor, entries_BPC: Tensor | None = None, is_truth_B: Tensor | None = None) -> Tensor:
+        if states_BPD.shape[1:] != (self.config.positions, self.config.state_dim):
+            raise UserError(
+                f"states have shape {list(states_BPD.shape)}; this OrderHead takes [B, {self.config.positions}, {self.config.state_dim}]"
+            )
+        x_BPD = self.state_projection(states_BPD)
+        if is_truth_B is not None and entries_BPC is not None:
+            x_BPD = torch.where(is_truth_B[:, None, None], self.truth_projection(entries_BPC), x_BPD)
+        x_BPD = torch.cat([self.registers.expand(len(x_BPD), -1, -1), x_BPD], dim=1) + self.positions
+        return self.head(self.blocks(x_BPD)[:, self.config.registers :])[..., 0]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A binary split of the grid, per image: which positions come first, and how softly the scores say so."""
+
+    order_BT: Tensor
+    """First group in raster order, then the second in raster order."""
+    is_second_BP: Tensor
+    """The hard mask, 0.0 or 1.0."""
+    soft_BP: Tensor
+    """sigmoid((threshold - score) / temperature) on normalised scores."""
+
+    @property
+    def mask_BP(self) -> Tensor:
+        """Straight through: the hard mask in value, the soft mask in gradient."""
+        return self.is_second_BP + self.soft_BP - self.soft_BP.detach()
+
+    def token_scale_BP(self, gate: Gate = "identity") -> Tensor:
+        """What multiplies each position's token embedding.
+
+        "identity": 1 in value, so training sees what inference does; "context-only": the second group enters as zeros.
+        """
+        if gate == "identity":
+            return 1 - (self.mask_BP - self.mask_BP.detach())
+        return 1 - self.mask_BP
+
+
+def normalise(scores_BP: Tensor) -> Tensor:
+    """Scores less their mean, over their biased standard deviation, per image; gradients flow through both."""
+    centred_BP = scores_BP - scores_BP.mean(1, keepdim=True)
+    return centred_BP / (centred_BP.square().mean(1, keepdim=True).sqrt() + NORMALISE_EPS)
+
+
+def split(scores_BP: Tensor, first: int, temperature: float) -> Split:
+    """Cut normalised scores so that the `first` highest come first; ties go to the lower position.
+
+    The threshold of the soft mask lies midway between the last score of the first group and the best of the second.
+    Raises `UserError` unless 1 <= first < P and temperature > 0.
+    """
+    positions = scores_BP.shape[1]
+    if not 1 <= first < positions or temperature <= 0:
+        raise UserError(f"first {first}, temperature {temperature}: expected 1 to {positions - 1} positions and a temperature above 0")
+    normal_BP = normalise(scores_BP)
+    is_first_BP = highest(normal_BP.detach(), first)
+    last_in_B1 = normal_BP.masked_fill(~is_first_BP, torch.inf).amin(1, keepdim=True)
+    first_out_B1 = normal_BP.masked_fill(is_first_BP, -torch.inf).amax(1, keepdim=True)
+    soft_BP = torch.sigmoid(((last_in_B1 + first_out_B1) / 2 - normal_BP) / temperature)
+    return Split(in_two_groups(is_first_BP), (~is_first_BP).to(scores_BP.dtype), soft_BP)
+
+
+def temperature_at(progress: float, start: float = 1.0, end: float = 0.1) -> float:
+    """The soft mask's temperature, linear in the progress of its anneal, constant after it."""
+    return start + (end - start) * min(1.0, max(0.0, progress))
+
+
+def truth_ratio_at(progress: float) -> float:
+    """Probability that an image is scored from its own codebook entries: linear from 1 to 0 over the curriculum."""
+    return 1.0 - min(1.0, max(0.0, progress))
