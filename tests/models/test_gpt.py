@@ -9,6 +9,7 @@ from orderlab.config import GPTConfig
 from orderlab.errors import UserError
 from orderlab.models.formats import load_gpt
 from orderlab.models.gpt import GPT, PRESETS
+from orderlab.models.transformer import rotate
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
 from orderlab.sampling.generate import generate
@@ -153,3 +154,17 @@ def test_target_rows_are_refused_without_a_table() -> None:
     model = GPT(CONFIG.edited(target_embedding=False))
     with pytest.raises(UserError, match="no target embedding"):
         model(torch.tensor([0]), torch.zeros(1, 15, dtype=torch.long), path("raster", 3, 5), target=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rotation_is_the_formula_on_pairs(dtype: torch.dtype) -> None:
+    """(a, b) -> (a cos - b sin, b cos + a sin) in fp32 or wider, and the gradient is the rotation back."""
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, generator=noise).to(dtype).requires_grad_(True)
+    angles = torch.rand(2, 5, 4, generator=noise, dtype=torch.promote_types(dtype, torch.float32)) * 6
+    rotated = rotate(x, torch.stack([angles.cos(), angles.sin()], dim=-1))
+    a, b, cos, sin = x[..., 0::2].to(angles.dtype), x[..., 1::2].to(angles.dtype), angles.cos()[:, :, None], angles.sin()[:, :, None]
+    expected = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(dtype)
+    torch.testing.assert_close(rotated, expected)
+    gradient = torch.autograd.grad(rotated.float().square().sum(), x)[0]
+    torch.testing.assert_close(gradient.float(), 2 * x.detach().float(), atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
