@@ -133,6 +133,21 @@ def test_too_few_samples_for_precision_are_one_line(tmp_path):
         records(measure_images([noise(3, 1)], network, Origin()), read_reference(tmp_path / "ref.npz", network), network)
 
 
+def test_features_that_are_not_finite_are_one_line(tmp_path):
+    class Broken(Tiny):
+        def __call__(self, images, batch=500):
+            features = super().__call__(images)
+            features.pool[-1, 0] = np.nan
+            return features
+
+    make_reference(image_folder(tmp_path / "images", noise(9, 1)), tmp_path / "ref.npz", Tiny())
+    with pytest.raises(UserError, match="holds NaN or infinite values"):
+        records(measure_images([noise(9, 1)], Broken(), Origin()), read_reference(tmp_path / "ref.npz", Tiny()), Tiny())
+    with pytest.raises(UserError, match="holds NaN or infinite values"):
+        make_reference(tmp_path / "images", tmp_path / "other.npz", Broken())
+    assert not (tmp_path / "other.npz").exists()
+
+
 def test_features_are_streamed_and_images_are_not_held():
     """12.6 MB a batch; 20 batches pass within three of them."""
 

@@ -1,11 +1,14 @@
 """Sample sets as ADM's image files: the publishers' rules, the note, and the way through the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
@@ -120,6 +123,40 @@ def test_sample_score_compare_and_nearest_on_the_command_line(run_dir, tmp_path,
     nearest = json.loads(capsys.readouterr().out)
     assert (nearest["n"], nearest["n_training"], nearest["copies"]) == (120, 100, 0)
     assert Image.open(tmp_path / "n.png").size == (7 * 32 + 4, 8 * 32)
+
+
+def test_codes_of_another_tokenizer_are_one_line(samples, tmp_path):
+    shutil.copytree(samples.folder, tmp_path / "s")
+    np.save(tmp_path / "s/tokens.npy", np.full((120, 64), 512, np.uint16))
+    with pytest.raises(UserError, match="not those that were written"):
+        sample.SampleSet(tmp_path / "s")
+    meta = json.loads((tmp_path / "s/sample.json").read_text())
+    (tmp_path / "s/sample.json").write_text(json.dumps({name: value for name, value in meta.items() if name != "content"}))
+    with pytest.raises(UserError, match="holds code 512, the tokenizer has 512"):
+        write_npz(sample.SampleSet(tmp_path / "s"), tokenizer("fashion-8x8"), tmp_path / "s.npz")
+
+
+@given(data=st.data(), name=st.sampled_from(["sample.json", "tokens.npy", "classes.npy"]))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_sample_set_is_one_line_or_whole(samples, tmp_path, data, name):
+    folder = tmp_path / "mutated"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(samples.folder, folder)
+    content = bytearray((folder / name).read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content)))]
+    elif data.draw(st.booleans()):
+        content = bytearray(data.draw(st.binary(max_size=200)))
+    for _ in range(data.draw(st.integers(0, 3))):
+        if content:
+            content[data.draw(st.integers(0, min(150, len(content) - 1)))] = data.draw(st.integers(0, 255))
+    (folder / name).write_bytes(content)
+    try:
+        found = sample.SampleSet(folder)
+    except UserError:
+        return
+    assert np.array_equal(found.tokens_NP, samples.tokens_NP)
+    assert np.array_equal(found.classes_N, samples.classes_N)
 
 
 def test_a_reference_of_a_token_set_is_its_decoded_images(run_dir, tmp_path, capsys):
