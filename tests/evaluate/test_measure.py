@@ -167,6 +167,15 @@ def test_features_are_streamed_and_images_are_not_held():
     assert peak < 3 * 64 * 256 * 256 * 3
 
 
+def test_a_known_count_gives_the_same_features():
+    parts = [noise(5, 1), noise(5, 2), noise(3, 3)]
+    whole, streamed = measure_images(parts, Tiny(), Origin()), measure_images(parts, Tiny(), Origin(), None, 13)
+    for name in ("pool", "spatial", "logits"):
+        assert np.array_equal(getattr(whole.features, name), getattr(streamed.features, name))
+    with pytest.raises(UserError, match="13 images came where 14 were announced"):
+        measure_images(parts, Tiny(), Origin(), None, 14)
+
+
 @pytest.mark.parametrize("has_labels", [True, False])
 def test_class_sorted_samples_are_found_with_and_without_labels(has_labels):
     labels = np.repeat(np.arange(10), 50)
