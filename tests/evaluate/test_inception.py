@@ -120,3 +120,18 @@ def test_golden_the_real_weights_see_a_military_uniform():
     assert float(probabilities[866]) > 0.3
     assert features.pool.min() >= 0
     assert features.spatial.min() >= 0
+
+
+ADM = ("ORDERLAB_INCEPTION", "ORDERLAB_ADM_REFERENCE", "ORDERLAB_ADM_SAMPLES")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(name in os.environ for name in ADM), reason=f"{', '.join(ADM)} do not name weights, reference and samples")
+def test_golden_adms_samples_score_adms_numbers(tmp_path, monkeypatch):
+    """admnet_guided_upsampled_imagenet256 against VIRTUAL_imagenet256_labeled: 3.94, 6.14, 215.84, 0.83, 0.53. Hours on a CPU."""
+    from orderlab.evaluate.verify import verify
+    from orderlab.evaluate.weights import inception
+
+    monkeypatch.setenv("ORDERLAB_CACHE", str(tmp_path))
+    found = verify(Path(os.environ[ADM[1]]), Path(os.environ[ADM[2]]), inception())
+    assert {record.quantity for record in found} >= {"FD", "sFD", "IS", "precision", "recall"}

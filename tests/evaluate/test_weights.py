@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from orderlab.errors import UserError
 from orderlab.evaluate import weights
@@ -61,3 +64,20 @@ def test_offline_says_what_to_fetch_from_where_and_where_to_put_it(tmp_path, cac
         assert part in str(error.value)
     with pytest.raises(UserError, match=r"FID needs the Inception weights and .* does not exist: download https://"):
         weights.inception()
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_mutated_weights_are_refused_whether_or_not_the_hash_is_asked(tmp_path, data):
+    file = tmp_path / "w.pth"
+    torch.save({"Conv2d_1a_3x3.conv.weight": torch.zeros(3)}, file)
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        content = bytearray(data.draw(st.binary(max_size=200)))
+    file.write_bytes(content)
+    for read in (weights.inception, lambda file: weights.read_inception(file, "")):
+        with pytest.raises(UserError) as error:
+            read(file)
+        assert "\n" not in str(error.value)

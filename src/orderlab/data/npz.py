@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ import numpy as np
 from orderlab.errors import UserError
 
 NOTE = "orderlab"
+# What zipfile, zlib and numpy's header parser raise on damaged bytes.
 FAULTS = (
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
     struct.error,

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from orderlab.config import Frozen
+from orderlab.data.npz import FAULTS
 from orderlab.errors import UserError
 from orderlab.runtime.files import read_json, write_json
 from orderlab.runtime.keys import generator
@@ -86,7 +87,7 @@ def _open_array(file: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; tokenize the images again") from None
-    except (ValueError, OSError, EOFError) as error:
+    except FAULTS as error:
         raise UserError(f"{file} is damaged ({str(error)[:100]}); delete the folder and tokenize the images again") from None
     if array.dtype != dtype or array.shape != shape:
         raise UserError(f"{file} holds {array.dtype} {list(array.shape)}; meta.json says {np.dtype(dtype)} {list(shape)}")

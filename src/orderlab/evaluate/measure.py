@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from orderlab.errors import UserError
 from orderlab.evaluate.features import FeatureExtractor, Features, concatenate
 from orderlab.evaluate.frechet import Moments, frechet_distance_to, frechet_standard_error, moments
 from orderlab.evaluate.kernels import mmd
@@ -49,15 +50,29 @@ class Options:
 
 
 def measure_images(
-    batches: Iterable[np.ndarray], network: FeatureExtractor, origin: Origin, labels_N: np.ndarray | None = None
+    batches: Iterable[np.ndarray],
+    network: FeatureExtractor,
+    origin: Origin,
+    labels_N: np.ndarray | None = None,
+    count: int | None = None,
 ) -> Measured:
-    """Features of all images, batch by batch."""
-    size = ""
-    parts = []
+    """Features of all images, batch by batch; where their number is known beforehand, nothing is held twice."""
+    size, parts = "", []
+    whole: Features | None = None
+    start = 0
     for images in batches:
         size = "x".join(map(str, images.shape[1:3]))
-        parts.append(network(images))
-    features = concatenate(parts)
+        part = network(images)
+        if count is None:
+            parts.append(part)
+            continue
+        whole = whole or Features(*(np.empty((count, array.shape[1]), np.float32) for array in (part.pool, part.spatial, part.logits)))
+        for target, array in ((whole.pool, part.pool), (whole.spatial, part.spatial), (whole.logits, part.logits)):
+            target[start : start + len(array)] = array
+        start += len(part)
+    if whole is not None and start != count:
+        raise UserError(f"{start} images came where {count} were announced; the samples changed while they were read")
+    features = whole or concatenate(parts)
     if origin.image_order == "unknown":
         origin = replace(origin, image_order=image_order(labels_N, features.logits))
     return Measured(features, origin, f"{size}, {network.resize}", labels_N)

@@ -46,7 +46,7 @@ class Samples:
     """of a sample set"""
 
     def measured(self, network: FeatureExtractor) -> Measured:
-        return measure_images(self.images(), network, self.origin, self.labels_N)
+        return measure_images(self.images(), network, self.origin, self.labels_N, self.count)
 
 
 def load_samples(path: str | Path) -> list[Samples]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,7 @@ def read_pickle(file: Path, kind: str) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged pickles make the unpickler raise anything, IndexError included
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{kind} {file} cannot be read ({reason[:120]}); it is truncated or not a weight file") from None
 

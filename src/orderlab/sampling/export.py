@@ -1,6 +1,6 @@
 """A sample set as one of ADM's image files, by the publisher's rules, without holding the images.
 
-The rules differ between papers and move a metric by more than its error (docs/metrics.md): how labels were chosen is the sample set's own; here
+The rules differ between papers and move a metric by more than its error (docs/concepts.md): how labels were chosen is the sample set's own; here
 are the resize (bicubic without antialias, before rounding, as LlamaGen's 384 to 256) and the rounding to uint8.
 
 B batch · N images
@@ -47,6 +47,11 @@ def quantise(images: Tensor, rounding: str = "llamagen") -> np.ndarray:
 
 def decoded(samples: SampleSet, vq: VQ, rounding: str, size: int | None) -> Iterator[np.ndarray]:
     """uint8 batches [B,H,W,3] of a sample set, in its order."""
+    highest, vocabulary = int(samples.tokens_NP.max()), vq.config.codebook_size
+    if not 0 <= int(samples.tokens_NP.min()) <= highest < vocabulary:
+        raise UserError(
+            f"sample set {samples.folder} holds code {highest}, the tokenizer has {vocabulary}; was it sampled with another one?"
+        )
     for start in range(0, len(samples.tokens_NP), BATCH):
         tokens = torch.from_numpy(samples.tokens_NP[start : start + BATCH].astype(np.int64))
         with torch.inference_mode():

@@ -20,6 +20,7 @@ import torch
 
 from orderlab.config import SampleConfig
 from orderlab.data.imagenet import class_rows
+from orderlab.data.npz import FAULTS
 from orderlab.errors import UserError
 from orderlab.models.formats import load_gpt
 from orderlab.models.gpt import GPT
@@ -36,13 +37,30 @@ class SampleSet:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.meta = read_json(self.folder / "sample.json")
-        self.config = SampleConfig.model_validate(self.meta["config"])
+        advice = "delete the folder and sample again"
         try:
+            self.meta = read_json(self.folder / "sample.json")
+            self.config = SampleConfig.model_validate(self.meta["config"])
             self.tokens_NP: np.ndarray = np.load(self.folder / "tokens.npy", allow_pickle=False)
             self.classes_N: np.ndarray = np.load(self.folder / "classes.npy", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"sample set {self.folder} is damaged ({str(error)[:80]}); delete the folder and sample again") from None
+        except FAULTS as error:
+            reason = " ".join(str(error).split())[:80]
+            raise UserError(f"sample set {self.folder} is damaged ({reason}); {advice}") from None
+        if self.meta.get("content") not in (None, content_hash(self.folder)):
+            raise UserError(f"sample set {self.folder} is damaged (its tokens or classes are not those that were written); {advice}")
+        shapes = self.tokens_NP.shape, self.classes_N.shape
+        kinds = self.tokens_NP.dtype.kind + self.classes_N.dtype.kind
+        if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1] or not shapes[0][0] or set(kinds) - set("iu"):
+            found = f"tokens {self.tokens_NP.dtype} {list(shapes[0])} and classes {self.classes_N.dtype} {list(shapes[1])}"
+            raise UserError(f"sample set {self.folder} holds {found}; expected integers [N, P] and [N]: {advice}")
+
+
+def content_hash(folder: Path) -> str:
+    """16 hex digits of a sample set's tokens and classes: a flipped bit must not become another number."""
+    digest = hashlib.sha256()
+    for name in ("tokens.npy", "classes.npy"):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def sample_name(config: SampleConfig, checkpoint: str = "final") -> str:
@@ -86,7 +104,8 @@ def run(
         if here.is_main:
             _join_parts(out, config, classes_N)
             cost = {"seconds_per_image": seconds / timed if timed else None, "processes": here.size, "steps": model.config.positions}
-            write_json(out / "sample.json", {"config": config.model_dump(), "checkpoint": checkpoint, **cost})
+            meta = {"config": config.model_dump(), "checkpoint": checkpoint, "content": content_hash(out), **cost}
+            write_json(out / "sample.json", meta)
         here.barrier()
     return out
 

@@ -88,7 +88,7 @@ def _print_records(records: list[dict[str, Any]]) -> None:
         against = f" against {record['reference']}" if record["reference_hash"] else ""
         error = "" if record["standard_error"] is None else f" ± {record['standard_error']:.4f}"
         print(f"  {record['metric']:<24} {record['value']:10.4f}{error:<11}   N {record['n']:,}{against}")
-    reasons = list(dict.fromkeys(reason for record in records for reason in record["not_comparable"]))
+    reasons = list(dict.fromkeys(reason for record in records for reason in record.get("not_comparable", ())))
     if reasons:
         print(f"  not comparable with published numbers: {'; '.join(reasons)}")
 
@@ -209,7 +209,7 @@ def bench_metrics(
         out: JSON file to write
         json: print the JSON in place of the table
     """
-    from orderlab.evaluate.bench import run
+    from orderlab.bench.metrics import run
 
     result = run(samples, width, repeats=repeats, stream=stream, has_scipy=scipy, out=out, quiet=json)
     if json:
