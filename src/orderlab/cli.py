@@ -23,7 +23,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from orderlab import catalog
 from orderlab.errors import UserError
-from orderlab.verbs import runs, study, tools
+from orderlab.verbs import data, runs, study, tools
 
 VERBS: dict[str, Callable[..., None]] = {
     "reproduce": study.reproduce,
@@ -39,6 +39,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "bench train": tools.bench_train,
     "tokenizer train": tools.tokenizer_train,
     "tokenizer evaluate": tools.tokenizer_evaluate,
+    "tokenize imagenet": data.tokenize_imagenet,
+    "tokens check": data.tokens_check,
+    "tokens import": data.tokens_import,
     "features train": tools.features_train,
     "data fashion-subset": tools.data_fashion_subset,
 }

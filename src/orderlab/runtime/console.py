@@ -42,9 +42,9 @@ class Console:
 
 
 class Bar(Protocol):
-    """A task under way: `update(done, note)`."""
+    """A task under way: `update(done, note)`; `total` where it was not known at the start."""
 
-    def update(self, done: int, note: str = "") -> None: ...
+    def update(self, done: int, note: str = "", total: int | None = None) -> None: ...
 
 
 class RichBar:
@@ -54,8 +54,8 @@ class RichBar:
         self.rich, self.title = progress, title
         self.task = progress.add_task(title, total=total)
 
-    def update(self, done: int, note: str = "") -> None:
-        self.rich.update(self.task, completed=done, description=f"{self.title} {note}".rstrip())
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        self.rich.update(self.task, completed=done, total=total, description=f"{self.title} {note}".rstrip())
 
 
 class PlainBar:
@@ -66,7 +66,8 @@ class PlainBar:
         self.start, self.printed = time.perf_counter(), 0
         self.first: int | None = None
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        self.total = total or self.total
         if self.first is None:
             self.first = done if done < self.total else 0
         tenth = done * PLAIN_LINES // max(1, self.total)

@@ -34,13 +34,16 @@ class World:
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over processes; `value` itself when alone."""
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over processes; `value` itself when alone."""
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value)
-            value /= self.size
         return value
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over processes; `value` itself when alone."""
+        return self.sum(value) / self.size if self.size > 1 else value
 
     def any(self, flag: bool) -> bool:
         """True on every process when it is true on one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,20 @@ def read_state(status: Path) -> str:
         return "-"
 
 
+def is_main_process() -> bool:
+    """False on all but the first of the processes that torchrun started: one of them speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+    if is_main_process():
+        print(json.dumps(value, indent=1))
 
 
 def print_result(result: dict[str, str], as_json: bool) -> None:
     if as_json:
         print_json(result)
-    else:
+    elif is_main_process():
         print(" · ".join(f"{name}: {value}" for name, value in result.items()))
 
 
