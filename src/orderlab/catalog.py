@@ -119,6 +119,8 @@ class Scale:
     """Matrix-product rate that time estimates assume, over all devices (stated wherever an estimate is printed)."""
     micro_batch: int | None = None
     compile: bool = False
+    sharding: str = "none"
+    """How a run of several GPUs lies on them: see `RunConfig.sharding`."""
     pretrained: str = "raster-other-half"
     """What a fine-tune starts from: a run of this scale, or a weight file."""
     other_half: DataConfig | None = None
@@ -356,6 +358,7 @@ SCALES |= {  # the study's question about size
         description=SCALES[name].description.replace("GPT-B", f"GPT-{size}"),
         model=model.edited(classes=SCALES[name].model.classes),
         pretrained=f"c2i_{size}_256.pt",
+        sharding="fsdp" if size == "XL" else "none",
     )
     for name in ("paper", "paper-1k")
     for size, model in {"L": GPT_L, "XL": GPT_XL}.items()
@@ -441,6 +444,7 @@ def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConf
         "micro_batch": scale.micro_batch,
         "precision": scale.precision,
         "compile": scale.compile,
+        "sharding": scale.sharding,
         "validate_every": scale.validate_every,
         "checkpoint_every": scale.checkpoint_every,
     }

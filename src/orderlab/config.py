@@ -186,6 +186,8 @@ class RunConfig(Frozen):
     """Autocast type of the matrix products; weights and residual stream stay fp32."""
     compile: bool = False
     """Compile each block (worth it on a GPU)."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Over several processes: copies of everything (DDP), or weights, gradients and moments split (FSDP2: GPT-XL and larger)."""
     validate_every: int = Field(0, ge=0)
     """Images between two validations; 0 validates at the end only."""
     checkpoint_every: int = Field(0, ge=0)
