@@ -23,7 +23,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from orderlab import catalog
 from orderlab.errors import UserError
-from orderlab.verbs import data, runs, study, tools
+from orderlab.verbs import cluster, data, runs, study, tools
 
 VERBS: dict[str, Callable[..., None]] = {
     "reproduce": study.reproduce,
@@ -34,6 +34,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "nll": runs.nll,
     "score": runs.score,
     "report": study.report,
+    "launch": cluster.launch,
+    "cost": cluster.cost,
     "coverage": tools.coverage,
     "bench sample": tools.bench_sample,
     "bench train": tools.bench_train,

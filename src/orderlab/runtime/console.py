@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,11 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_LINES = 10
 
 
+def is_main_process() -> bool:
+    """False on all but the first of the processes that torchrun or a cluster started: one of them speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Console:
     """Lines and one progress bar at a time; `say` may be called while a bar runs."""
 
     def __init__(self, quiet: bool = False):
-        self.rich = RichConsole(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self.rich = RichConsole(file=sys.stdout, quiet=quiet or not is_main_process(), highlight=False, soft_wrap=True)
         self.is_terminal = self.rich.is_terminal
 
     def say(self, line: str = "") -> None:

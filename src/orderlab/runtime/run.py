@@ -139,14 +139,14 @@ def code_version() -> str:
 
 
 class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into a flag; the loop saves and leaves. A second one acts as usual."""
+    """Turns the first SIGTERM, Ctrl-C or SIGUSR2 (a cluster's warning) into a flag; the loop saves and leaves. A second one acts as usual."""
 
     def __init__(self) -> None:
         self.received = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             self._previous[number] = signal.signal(number, self._receive)
         return self
 

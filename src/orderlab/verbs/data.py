@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from orderlab.errors import UserError
-from orderlab.verbs.output import is_main_process, print_json, validated
+from orderlab.runtime.console import Console, is_main_process
+from orderlab.verbs.output import print_json, validated
 
 
 def tokenize_imagenet(
@@ -39,11 +40,10 @@ def tokenize_imagenet(
         json: print for programs
     """
     from orderlab.data.tokenize import TokenizeConfig, run
-    from orderlab.runtime.console import Console
 
     given = {"images": images, "out": out, "classes": classes, "crops": crops, "flip": flip, "labels": labels, "tokenizer": tokenizer}
     config = validated(TokenizeConfig, {**given, "size": size, "batch": batch, "limit_broken": limit_broken, "workers": workers})
-    with Console(quiet=json or not is_main_process()).progress(f"tokenize {images.name}", 0) as bar:
+    with Console(quiet=json).progress(f"tokenize {images.name}", 0) as bar:
         result = run(config, progress=lambda done, total, note: bar.update(done, note, total))
     if not is_main_process():
         return

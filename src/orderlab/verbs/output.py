@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from orderlab.errors import UserError
+from orderlab.runtime.console import is_main_process
 
 RUNS = Path("runs")
 
@@ -31,11 +31,6 @@ def read_state(status: Path) -> str:
         return content["state"] if content["state"] == "trained" else f"{content['state']} {content['images'] / content['of']:.0%}"
     except (OSError, ValueError, KeyError):
         return "-"
-
-
-def is_main_process() -> bool:
-    """False on all but the first of the processes that torchrun started: one of them speaks."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def print_json(value: Any) -> None:
