@@ -23,7 +23,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from orderlab import catalog
 from orderlab.errors import UserError
-from orderlab.verbs import cluster, data, runs, study, tools
+from orderlab.verbs import cluster, data, hub, runs, study, tools
 
 VERBS: dict[str, Callable[..., None]] = {
     "reproduce": study.reproduce,
@@ -36,6 +36,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "report": study.report,
     "launch": cluster.launch,
     "cost": cluster.cost,
+    "hub import": hub.hub_import,
+    "hub export": hub.hub_export,
+    "hub push": hub.hub_push,
     "coverage": tools.coverage,
     "bench sample": tools.bench_sample,
     "bench train": tools.bench_train,

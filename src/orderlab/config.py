@@ -223,7 +223,8 @@ class SampleConfig(Frozen):
     top_k: int = Field(0, ge=0)
     """Keep the k largest logits; 0 keeps all."""
     top_p: float = Field(1.0, gt=0, le=1)
-    sampler: Literal["kv-cache", "full-forward"] = "kv-cache"
+    sampler: Literal["kv-cache", "kv-cache-static", "full-forward"] = "kv-cache"
+    """One token a step; the same with fixed shapes, for CUDA graphs; or the whole prefix at each step."""
     target: bool | None = None
     """Feed the target embedding; as trained when empty."""
     labels: Literal["balanced", "iid"] = "balanced"

@@ -97,7 +97,7 @@ def sampling_flops(model: GPTConfig, config: SampleConfig) -> float:
     """FLOPs of a sample set: one slot a step with the KV cache, the whole prefix a step with the full forward."""
     positions, rows = model.positions, 2 if config.guidance > 1 else 1
     whole = forward_flops(model, positions)
-    if config.sampler == "kv-cache" or positions < 2:
+    if config.sampler != "full-forward" or positions < 2:
         per_row = float(whole)
     else:  # without the head, F(t) = a t + b t²: two counts give the sum over all prefixes
         head = 2 * model.dim * model.vocabulary
@@ -115,7 +115,7 @@ def sampling_cost(model: GPTConfig, config: SampleConfig, scale: Scale) -> dict[
     flops = sampling_flops(model, config)
     batches = -(-config.images // config.batch)
     traffic = 4 * batches * model.positions * _matrix_parameters(model)
-    if config.sampler == "kv-cache":
+    if config.sampler != "full-forward":
         traffic += batches * model.positions * cache // 2  # half of it is live on average
     hours = _hours(flops, scale)
     by_traffic = traffic / (scale.memory_tbs * 1e12) / 3600
@@ -123,7 +123,7 @@ def sampling_cost(model: GPTConfig, config: SampleConfig, scale: Scale) -> dict[
         "images": config.images,
         "steps": model.positions,
         "sampling_pflop": flops / 1e15,
-        "cache_gib": cache / GIB if config.sampler == "kv-cache" else 0.0,
+        "cache_gib": cache / GIB if config.sampler != "full-forward" else 0.0,
         "disk_gib": config.images * model.positions * 2 / GIB,
         "hours": max(hours["hours"], by_traffic),
         "hours_note": f"{hours['hours_note']}; no less than reading weights and cache at each step takes at {scale.memory_tbs:g} TB/s: a lower bound",
