@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from orderlab.config import DataConfig, GPTConfig, OptimConfig, RunConfig
 from orderlab.data.tokens import TokenMeta, write_token_set
+from orderlab.models.vq import VQ, VQConfig, save_vq
 
 FIXTURES = Path(__file__).parent / "fixtures"
 torch.set_num_threads(1)
@@ -47,6 +49,41 @@ def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_token_set(folder / "train", 96, seed=1)
     make_token_set(folder / "validation", 40, seed=2, views=1)
     return folder
+
+
+def make_images(folder: Path, count: int, seed: int, wordnet_ids: tuple[str, ...]) -> None:
+    """JPEGs of 64 to 150 pixels in folders named by WordNet id: blots whose colour depends on the class; one is grey."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        wordnet_id = wordnet_ids[i % len(wordnet_ids)]
+        height, width = rng.integers(64, 150, 2)
+        coarse = rng.integers(0, 255, (5, 7, 3)) // 2 + 40 * (i % len(wordnet_ids))
+        image = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((int(width), int(height)), Image.Resampling.BICUBIC)
+        (folder / wordnet_id).mkdir(parents=True, exist_ok=True)
+        (image.convert("L") if i == 3 else image).save(folder / wordnet_id / f"{wordnet_id}_{i}.JPEG", quality=95)
+
+
+WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train (48 images) and validation (16), four classes each."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    make_images(folder / "train", 48, 1, WORDNET_IDS)
+    make_images(folder / "validation", 16, 2, WORDNET_IDS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_vq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer for colour images with random weights: tokens of 8 pixels, 64 codes."""
+    file = tmp_path_factory.mktemp("vq") / "small.safetensors"
+    sizes = {"ch": 8, "ch_mult": (1, 1, 1, 2), "res_blocks": 1, "z_channels": 8, "codebook_size": 64, "codebook_dim": 4, "groups": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_vq(file, VQ(VQConfig(**sizes)))
+    return file
 
 
 @pytest.fixture

@@ -117,8 +117,14 @@ class Scale:
     hardware: str = "2 CPU cores"
     sustained_tflops: float = 0.05
     """Matrix-product rate that time estimates assume, over all devices (stated wherever an estimate is printed)."""
+    memory_tbs: float = 0.02
+    """Memory traffic in TB/s that estimates of sampling assume, over all devices."""
+    gpus: int = 1
+    """Devices over which a global batch is divided."""
     micro_batch: int | None = None
     compile: bool = False
+    sharding: str = "none"
+    """How a run of several GPUs lies on them: see `RunConfig.sharding`."""
     pretrained: str = "raster-other-half"
     """What a fine-tune starts from: a run of this scale, or a weight file."""
     other_half: DataConfig | None = None
@@ -236,6 +242,30 @@ RECIPES: dict[str, Recipe] = {
 }
 # fmt: on
 
+# The study's "Training Cost Comparison" (its Section 7): epochs, steps, wall time on 4×H100, extra overhead, as printed.
+SOURCE_COSTS = (
+    ("Raster 300ep", "raster-300", "300", "~148K", "~3.8 hours", "None"),
+    ("RAR 300ep", "rar-300", "300", "~148K", "~3.8 hours", "ta_pos_table (256×768 = 197K params), per-step permutation sampling"),
+    (
+        "OrderHead finetune",
+        None,
+        "20–300",
+        "10K–148K",
+        "0.3–3.8 hours",
+        "OrderHead forward/backward (3.46M params), O(L²) generation during eval",
+    ),
+)
+SOURCE_HOURS = {"raster-300": 3.8, "rar-300": 3.8}  # of the same table, for the runs it names
+# Its inference costs ("All Methods at a Glance" and the summary): method, cost as printed.
+SOURCE_INFERENCE = (
+    ("RAR, raster (KV cache)", "O(L)"),
+    ("any order (full forward)", "O(L²)"),
+    ("OrderHead semifast-8", "O(8 × L²)"),
+    ("MAR", "O(T·L)"),
+)
+H100_TFLOPS, H100_TBS = 989, 3.35  # dense bf16 and memory, by the vendor's data sheet
+UTILISATION = 0.35  # assumed of a well-compiled run, not measured
+
 FASHION = DataConfig(source="fashion", tokenizer="fashion-8x8", flip=False)
 TINY = GPTConfig(layers=2, heads=2, dim=32, ffn_hidden=96, grid=(8, 8), vocabulary=512, classes=10)
 ABOUT_1M = GPTConfig(layers=4, heads=4, dim=128, ffn_hidden=384, grid=(8, 8), vocabulary=512, classes=10)
@@ -306,6 +336,7 @@ SCALES: dict[str, Scale] = {
             checkpoint_every=60_000,
             hardware="1 GPU",
             sustained_tflops=20,
+            memory_tbs=0.5,
             compile=True,
             other_half=FASHION.edited(tokenizer="fashion-16x16", folder="fashion-mnist", train_images=30_000),
             has_ema_rows=True,
@@ -323,7 +354,9 @@ SCALES: dict[str, Scale] = {
             validate_every=10 * 126_689,
             checkpoint_every=2 * 126_689,
             hardware="4×H100",
-            sustained_tflops=4 * 989 * 0.35,
+            sustained_tflops=4 * H100_TFLOPS * UTILISATION,
+            memory_tbs=4 * H100_TBS * 0.5,
+            gpus=4,
             compile=True,
             pretrained=C2I_B,
             finetune={"model": {"classes": 1000}, "data": {"classes": "imagenet-1k"}},  # labels take their rows of the 1,000, by WordNet id
@@ -342,7 +375,9 @@ SCALES: dict[str, Scale] = {
             validate_every=10 * 1_281_167,
             checkpoint_every=1_281_167 // 4,
             hardware="4×H100",
-            sustained_tflops=4 * 989 * 0.35,
+            sustained_tflops=4 * H100_TFLOPS * UTILISATION,
+            memory_tbs=4 * H100_TBS * 0.5,
+            gpus=4,
             compile=True,
             pretrained=C2I_B,
             has_ema_rows=True,
@@ -356,6 +391,7 @@ SCALES |= {  # the study's question about size
         description=SCALES[name].description.replace("GPT-B", f"GPT-{size}"),
         model=model.edited(classes=SCALES[name].model.classes),
         pretrained=f"c2i_{size}_256.pt",
+        sharding="fsdp" if size == "XL" else "none",
     )
     for name in ("paper", "paper-1k")
     for size, model in {"L": GPT_L, "XL": GPT_XL}.items()
@@ -448,6 +484,7 @@ def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConf
         "micro_batch": scale.micro_batch,
         "precision": scale.precision,
         "compile": scale.compile,
+        "sharding": scale.sharding,
         "validate_every": scale.validate_every,
         "checkpoint_every": scale.checkpoint_every,
     }

@@ -24,7 +24,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from orderlab import catalog
 from orderlab.errors import UserError
-from orderlab.verbs import quality, runs, study, tools
+from orderlab.verbs import cluster, data, hub, quality, runs, study, tools
 
 VERBS: dict[str, Callable[..., None]] = {
     "reproduce": study.reproduce,
@@ -40,12 +40,20 @@ VERBS: dict[str, Callable[..., None]] = {
     "reference": quality.reference,
     "reference verify": quality.reference_verify,
     "weights inception": quality.weights_inception,
+    "launch": cluster.launch,
+    "cost": cluster.cost,
+    "hub import": hub.hub_import,
+    "hub export": hub.hub_export,
+    "hub push": hub.hub_push,
     "coverage": tools.coverage,
     "bench sample": tools.bench_sample,
     "bench train": tools.bench_train,
     "bench metrics": quality.bench_metrics,
     "tokenizer train": tools.tokenizer_train,
     "tokenizer evaluate": tools.tokenizer_evaluate,
+    "tokenize imagenet": data.tokenize_imagenet,
+    "tokens check": data.tokens_check,
+    "tokens import": data.tokens_import,
     "features train": tools.features_train,
     "data fashion-subset": tools.data_fashion_subset,
 }

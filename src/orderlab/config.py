@@ -209,6 +209,8 @@ class RunConfig(Frozen):
     """Autocast type of the matrix products; weights and residual stream stay fp32."""
     compile: bool = False
     """Compile each block (worth it on a GPU)."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Over several processes: copies of everything (DDP), or weights, gradients and moments split (FSDP2: GPT-XL and larger)."""
     validate_every: int = Field(0, ge=0)
     """Images between two validations; 0 validates at the end only."""
     checkpoint_every: int = Field(0, ge=0)
@@ -244,7 +246,8 @@ class SampleConfig(Frozen):
     top_k: int = Field(0, ge=0)
     """Keep the k largest logits; 0 keeps all."""
     top_p: float = Field(1.0, gt=0, le=1)
-    sampler: Literal["kv-cache", "full-forward"] = "kv-cache"
+    sampler: Literal["kv-cache", "kv-cache-static", "full-forward"] = "kv-cache"
+    """One token a step; the same with fixed shapes, for CUDA graphs; or the whole prefix at each step."""
     target: bool | None = None
     """Feed the target embedding; as trained when empty."""
     labels: Literal["balanced", "iid"] = "balanced"

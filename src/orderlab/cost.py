@@ -1,7 +1,7 @@
 """What a run will take, before it runs: parameters, FLOPs counted on the meta device, memory, disk and time.
 
-FLOPs come from `FlopCounterMode` on meta tensors (on the CPU it misses attention), activations from the tensors autograd
-really saves. Time divides FLOPs by a stated sustained rate: an estimate, never a measurement. Needs neither data nor GPU.
+FLOPs come from `FlopCounterMode` on meta tensors (on the CPU it misses attention), activations from what autograd saves
+(`cost_memory.py`). Time divides FLOPs by a stated sustained rate: an estimate, never a measurement. Needs neither data nor GPU.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from orderlab.catalog import Scale
+from orderlab.catalog import H100_TFLOPS, SOURCE_HOURS, Scale
 from orderlab.config import GPTConfig, RunConfig, SampleConfig
+from orderlab.cost_memory import block_bytes, head_bytes
 from orderlab.models.gpt import GPT
 
 GIB = 2**30
+TRAINING_IMAGES = {100: 126_689, 1000: 1_281_167}  # of ImageNet-100 and ImageNet-1K
 
 
 @lru_cache(maxsize=32)
@@ -31,44 +33,63 @@ def forward_flops(config: GPTConfig, slots: int) -> int:
     return counter.get_total_flops()
 
 
-@lru_cache(maxsize=32)
-def activation_bytes(config: GPTConfig) -> int:
-    """Bytes that autograd saves for the backward pass of one image, in fp32 (bf16 autocast saves about half)."""
-    saved: dict[int, int] = {}
+def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool) -> float:
+    """Bytes on one device at the end of the forward pass of `micro_batch` images, the peak of a step.
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage.nbytes()
-        kept.append(tensor)
-        return tensor
-
-    kept: list[Tensor] = []
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model = GPT(config, device="meta").train()
-        slots = torch.zeros(1, config.positions, dtype=torch.long)
-        logits = model(torch.zeros(1, dtype=torch.long), slots, slots, target=config.target_embedding)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), slots.flatten())
-    weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
-    return max(0, sum(saved.values()) - weights)
+    Weights, gradient, two moments and the moving average in fp32; autocast's bf16 copies of the matrices; what the backward
+    pass needs of each block, embedding and head; the gradient of the logits.
+    """
+    model, is_bf16 = config.model, config.precision == "bf16"
+    parameters = GPT(model, device="meta").parameter_count()
+    copies = 4 + bool(config.optim.ema)
+    logits = model.positions * model.vocabulary * (6 if is_bf16 else 4)
+    image = model.layers * block_bytes(model.dim, model.heads, model.ffn_dim, model.grid, is_bf16, is_compiled)
+    image += head_bytes(model.dim, model.positions, model.vocabulary, is_bf16) + logits
+    return 4 * parameters * copies + 2 * parameters * is_bf16 + micro_batch * image
 
 
 def training_cost(config: RunConfig, scale: Scale) -> dict[str, Any]:
-    """Parameters, steps, FLOPs, memory, disk and hours of one training run."""
+    """Parameters, steps, FLOPs, memory of one device, disk and hours of one training run."""
     parameters = GPT(config.model, device="meta").parameter_count()
     flops = 3 * forward_flops(config.model, config.model.positions) * config.images
-    copies = 4 + bool(config.optim.ema)  # weights, gradient, two AdamW moments, moving average
-    micro = config.micro_batch or config.batch
-    saves = 1 / 2 if config.precision == "bf16" else 1
-    return {
+    share = -(-config.batch // scale.gpus)
+    micro = min(config.micro_batch or share, share)
+    memory = {"memory_gib": training_memory(config, micro, config.compile) / GIB}
+    if scale.compile:  # counting a compiled block takes some seconds
+        memory |= {f"memory_gib_{how}_compile": training_memory(config, micro, how == "with") / GIB for how in ("without", "with")}
+    ema = bool(config.optim.ema)
+    exports = (1 + ema + len(config.phase_ends)) * 4 * parameters
+    cost: dict[str, Any] = {
         "parameters": parameters,
         "images": config.images,
         "steps": config.steps,
         "tokens": config.images * config.model.positions,
         "training_pflop": flops / 1e15,
-        "memory_gib": (4 * parameters * copies + micro * activation_bytes(config.model) * saves) / GIB,
-        "memory_note": f"weights, gradient, AdamW, moving average, activations of {micro} images on one device",
-        "disk_gib": 4 * parameters * (copies - 1 + 1 + bool(config.optim.ema)) / GIB,
+        "devices": scale.gpus,
+        "images_per_device": share,
+        "micro_batch": micro,
+        **memory,
+        "memory_note": f"one device: weights, gradient, AdamW, moving average, activations of {micro} images; counted, not measured",
+        "disk_gib": (2 * 4 * parameters * (3 + ema) + exports) / GIB,
+        "disk_note": "two training states, and the weights that are kept",
         **_hours(flops, scale),
+    }
+    if config.data.source == "imagenet":
+        cost["steps_per_epoch"] = (images := TRAINING_IMAGES[scale.model.classes]) / config.batch
+        cost["tokens_gib"] = images * 2 * config.model.positions * 2 / GIB
+        cost["tokens_note"] = "on disk: center crop and its mirror, two bytes a token; ten crops take five times as much"
+    return cost | _source_hours(config, scale, flops)
+
+
+def _source_hours(config: RunConfig, scale: Scale, flops: float) -> dict[str, Any]:
+    """The study's wall time where it prints one, and the utilisation that it implies."""
+    hours = SOURCE_HOURS.get(config.recipe) if scale.name == "paper" else None
+    if hours is None:
+        return {}
+    peak = scale.gpus * H100_TFLOPS * 1e12
+    return {
+        "source_hours": hours,
+        "source_hours_note": f"the study's; these FLOPs in that time are {flops / hours / 3600 / peak:.0%} of the peak",
     }
 
 
@@ -76,7 +97,7 @@ def sampling_flops(model: GPTConfig, config: SampleConfig) -> float:
     """FLOPs of a sample set: one slot a step with the KV cache, the whole prefix a step with the full forward."""
     positions, rows = model.positions, 2 if config.guidance > 1 else 1
     whole = forward_flops(model, positions)
-    if config.sampler == "kv-cache" or positions < 2:
+    if config.sampler != "full-forward" or positions < 2:
         per_row = float(whole)
     else:  # without the head, F(t) = a t + b t²: two counts give the sum over all prefixes
         head = 2 * model.dim * model.vocabulary
@@ -92,15 +113,27 @@ def sampling_cost(model: GPTConfig, config: SampleConfig, scale: Scale) -> dict[
     rows = config.batch * (2 if config.guidance > 1 else 1)
     cache = 2 * rows * model.layers * model.dim * model.positions * 4
     flops = sampling_flops(model, config)
+    batches = -(-config.images // config.batch)
+    traffic = 4 * batches * model.positions * _matrix_parameters(model)
+    if config.sampler != "full-forward":
+        traffic += batches * model.positions * cache // 2  # half of it is live on average
+    hours = _hours(flops, scale)
+    by_traffic = traffic / (scale.memory_tbs * 1e12) / 3600
     return {
         "images": config.images,
         "steps": model.positions,
         "sampling_pflop": flops / 1e15,
-        "cache_gib": cache / GIB if config.sampler == "kv-cache" else 0.0,
+        "cache_gib": cache / GIB if config.sampler != "full-forward" else 0.0,
         "disk_gib": config.images * model.positions * 2 / GIB,
-        **_hours(flops, scale),
-        "note": "small batches are bound by reading the weights and take longer than these FLOPs say",
+        "hours": max(hours["hours"], by_traffic),
+        "hours_note": f"{hours['hours_note']}; no less than reading weights and cache at each step takes at {scale.memory_tbs:g} TB/s: a lower bound",
     }
+
+
+def _matrix_parameters(model: GPTConfig) -> int:
+    """Parameters that a step reads: all but the tables, of which it reads a few rows."""
+    tables = (model.vocabulary + model.classes + 1 + model.positions * (model.target_embedding + model.slot_bias)) * model.dim
+    return GPT(model, device="meta").parameter_count() - tables
 
 
 def likelihood_cost(model: GPTConfig, images: int, orders: int, scale: Scale) -> dict[str, Any]:

@@ -6,17 +6,19 @@ Rows that share a run share its training. Whatever is done is skipped, so the co
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orderlab import cost
 from orderlab.catalog import Row, Scale, resolve, row_note, sample_config, scale_named, variants
-from orderlab.config import RunConfig
+from orderlab.config import RunConfig, SampleConfig
 from orderlab.evaluate import likelihood, score
 from orderlab.report.build import build
 from orderlab.report.collect import collect, run_folder
-from orderlab.runtime.console import Console
+from orderlab.runtime.console import Console, is_main_process
+from orderlab.runtime.dist import world
 from orderlab.runtime.files import read_json
 from orderlab.sampling import sample
 from orderlab.training import loop
@@ -68,25 +70,66 @@ def run(plan: Plan, console: Console | None = None) -> Path | None:
         return page
     clock = time.perf_counter()
     console.say(f"{len(rows)} rows at scale {plan.scale.name} ({len(rows) - len(todo)} done): {plan.scale.description}")
-    for run_name in dict.fromkeys(row.run for row in todo):
-        if _train(run_name, plan, console) == "stopped":
-            console.say("stopped; the same command goes on from here")
-            return None
-    for number, row in enumerate(todo, start=1):
-        _carry_out(row, plan, console, f"row {number}/{len(todo)} {row.id}")
+    if work(plan, console) == "stopped":
+        console.say("stopped; the same command goes on from here")
+        return None
+    if not is_main_process():
+        return None
     page = build(collect(rows, plan.scale, plan.runs, plan.seed), plan.report)[0]
     _print_table(plan, console)
     console.say(f"done in {(time.perf_counter() - clock) / 60:.1f} minutes · report: {page}")
     return page
 
 
+def work(plan: Plan, console: Console | None = None) -> str:
+    """Everything but the report; returns "done", or "stopped" when training was told to stop.
+
+    Several processes (torchrun, a Slurm job) train and sample together; then the first one measures alone.
+    """
+    console = console or Console()
+    todo = [row for row in plan.rows if not plan.is_done(row)]
+    with world() as here:
+        here.barrier()  # what is done is the same question for all
+        for run_name in dict.fromkeys(row.run for row in todo):
+            if _train(run_name, plan, console) == "stopped":
+                return "stopped"
+        if here.size > 1:
+            for row in todo:
+                list(_sample(row, plan, console, f"sample {row.id}"))
+    if is_main_process():
+        for number, row in enumerate(todo, start=1):
+            _carry_out(row, plan, console, f"row {number}/{len(todo)} {row.id}")
+    return "done"
+
+
+def job_plans(rows: list[Row], scale: Scale, runs: Path, seed: int, data: Path | None = None, start: Path | None = None) -> list[Plan]:
+    """The rows as plans that may run at the same time: rows that share a run, or the run theirs starts from, share a plan."""
+
+    def root(run_name: str) -> str:
+        start = resolve(run_name, scale.name, seed).start
+        return root(start.run) if start is not None and start.run is not None else run_name
+
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(root(row.run), []).append(row)
+    return [Plan(group, scale, runs, seed, data and data.absolute(), start and start.absolute()) for group in groups.values()]
+
+
 def dry_run(rows: list[Row], scale_name: str, seed: int) -> dict[str, Any]:
     """The cost of every run and row, without data, GPU or a single step."""
     scale = scale_named(scale_name)
     configs = {run: resolve(run, scale_name, seed) for run in dict.fromkeys(row.run for row in rows)}
+    samplers = {
+        f"{sampler}, {images:,} images": cost.sampling_cost(
+            scale.model, SampleConfig.model_validate({"sampler": sampler, "images": images, "batch": scale.sample_batch}), scale
+        )
+        for sampler in ("kv-cache", "full-forward")
+        for images in (5_000, 50_000)
+    }
     return {
         "runs": {run: cost.training_cost(config, scale) for run, config in configs.items()},
         "rows": {row.id: cost.sampling_cost(configs[row.run].model, sample_config(row, scale, seed), scale) for row in rows},
+        "samplers": samplers,
     }
 
 
@@ -110,12 +153,18 @@ def _train(run_name: str, plan: Plan, console: Console) -> str:
 def _carry_out(row: Row, plan: Plan, console: Console, title: str) -> None:
     """Sample and score one row in all its variants, measure its likelihood, then print its line."""
     folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
-    for variant in variants(row, plan.scale, plan.seed):
-        with console.progress(f"{title}, {variant.label}", variant.sample.images) as bar:
-            out = sample.run(variant.sample, folder.root, checkpoint=variant.checkpoint, progress=lambda done, total: bar.update(done))
+    for out in _sample(row, plan, console, title):
         score.run(folder.root, samples=[out.name])
     likelihood.run(folder.root, [row.order], checkpoint=row.checkpoint, target=row.target)
     console.say(_line(row, plan))
+
+
+def _sample(row: Row, plan: Plan, console: Console, title: str) -> Iterator[Path]:
+    """Sample one row in all its variants, one after the other."""
+    folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
+    for variant in variants(row, plan.scale, plan.seed):
+        with console.progress(f"{title}, {variant.label}", variant.sample.images) as bar:
+            yield sample.run(variant.sample, folder.root, checkpoint=variant.checkpoint, progress=lambda done, total: bar.update(done))
 
 
 def _line(row: Row, plan: Plan) -> str:

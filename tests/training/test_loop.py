@@ -203,11 +203,26 @@ def test_two_runs_in_one_folder_are_refused(tiny_run: RunConfig, tmp_path: Path)
 def test_a_damaged_state_is_one_clear_line(tiny_run: RunConfig, tmp_path: Path, kept: int) -> None:
     folder = tmp_path / "a/seed0"
     config = tiny_run.edited(images=640)
-    in_process(config.edited(checkpoint_every=160), folder, when=400)
+    run(config, folder)
     state = folder / "checkpoints/state.safetensors"
     state.write_bytes(state.read_bytes()[:kept])
+    RunFolder(folder).set_status("training", 640)
     with pytest.raises(UserError, match=r"training state .* is damaged"):
-        run(config.edited(checkpoint_every=160), folder)
+        run(config, folder)
+
+
+def test_a_state_cut_in_half_costs_the_work_since_the_one_before(
+    tiny_run: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, cut = tmp_path / "whole/a/seed0", tmp_path / "cut/a/seed0"
+    config = tiny_run.edited(images=640, checkpoint_every=160)
+    run(config, whole)
+    in_process(config, cut, when=400)
+    state = cut / "checkpoints/state.safetensors"
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    assert run(config, cut) == "trained"
+    assert [r.getMessage().split("; ")[1] for r in caplog.records] == ["going on from the one before, at 160 images"]
+    assert_same_to_the_bit(whole, cut)
 
 
 def test_a_full_disk_leaves_the_previous_state(tiny_run: RunConfig, tmp_path: Path) -> None:

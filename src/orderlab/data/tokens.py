@@ -10,6 +10,8 @@ function of (seed, images seen), so a resumed or re-sharded run reads the same i
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -94,14 +96,25 @@ def _open_array(file: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def write_token_set(folder: Path, tokens_NVP: np.ndarray, labels_N: np.ndarray, meta: TokenMeta) -> TokenSet:
-    """Write a whole token set; the folder appears only when complete."""
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """A fresh folder to fill; it takes the name `folder` when that went well, and is removed when it did not."""
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    np.save(temporary / "tokens.npy", tokens_NVP.astype(np.uint16))
-    np.save(temporary / "labels.npy", labels_N.astype(np.int32))
-    write_json(temporary / "meta.json", meta.model_dump())
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def write_token_set(folder: Path, tokens_NVP: np.ndarray, labels_N: np.ndarray, meta: TokenMeta) -> TokenSet:
+    """Write a whole token set; the folder appears only when complete."""
+    with replace_folder(folder) as fresh:
+        np.save(fresh / "tokens.npy", tokens_NVP.astype(np.uint16))
+        np.save(fresh / "labels.npy", labels_N.astype(np.int32))
+        write_json(fresh / "meta.json", meta.model_dump())
     return TokenSet(folder)

@@ -1,12 +1,18 @@
 """The state from which training goes on, bit for bit: weights, their moving average and AdamW's moments in one safetensors file.
 
 No random state is stored, because none exists between two steps: every draw is keyed by (seed, images seen). The file is
-replaced atomically, so a kill in the middle of a save leaves the previous one.
+replaced atomically, so a kill in the middle of a save leaves the previous one; the one before stays beside it, for a file that
+the disk damages later. Sharded tensors are stored whole, so any number of processes can go on.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,39 +21,99 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from orderlab.errors import UserError
+from orderlab.runtime.dist import whole
 from orderlab.runtime.files import write_atomically
 
+log = logging.getLogger("orderlab")
 
-def save_state(file: Path, model: nn.Module, ema: AveragedModel | None, optimizer: torch.optim.Optimizer, images: int) -> None:
-    """Write the training state after `images` images seen."""
+
+def previous(file: Path) -> Path:
+    """Where the state before this one lies."""
+    return file.with_name(f"{file.stem}-previous{file.suffix}")
+
+
+def save_state(
+    file: Path, model: nn.Module, ema: AveragedModel | None, optimizer: torch.optim.Optimizer, images: int, is_writer: bool = True
+) -> None:
+    """Write the training state after `images` images seen. Sharded tensors are gathered by every process, one of them writes."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if ema is not None:
         tensors |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"optim.{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(file, save(tensors, {"images": str(images)}))
+    tensors = {name: whole(tensor.detach()).cpu().contiguous().clone() for name, tensor in tensors.items()}
+    if is_writer:
+        content = save(tensors, {"images": str(images)})
+        _keep(file)
+        write_atomically(file, content)
 
 
-def load_state(file: Path, model: nn.Module, ema: AveragedModel | None, optimizer: torch.optim.Optimizer) -> int:
-    """Restore a state in place; returns the images seen. Raises `UserError` for a damaged file."""
+def _keep(file: Path) -> None:
+    """A second name for the present state, when it is whole; its first name is then replaced."""
+    if file.exists():
+        spare = previous(file).with_suffix(".part")
+        with suppress(OSError, SafetensorError), safe_open(file, framework="pt"):  # a file system without links keeps one state
+            spare.unlink(missing_ok=True)
+            os.link(file, spare)
+            os.replace(spare, previous(file))
+
+
+@dataclass(frozen=True)
+class State:
+    """A state that was read: images seen and tensors by name."""
+
+    file: Path
+    images: int
+    tensors: dict[str, Tensor]
+
+    def load_weights(self, model: nn.Module, ema: AveragedModel | None) -> None:
+        """Restore weights and moving average in place, before they are sharded."""
+        try:
+            model.load_state_dict(_below(self.tensors, "model."))
+            if ema is not None:
+                ema.load_state_dict(_below(self.tensors, "ema."))
+        except RuntimeError as error:
+            raise UserError(f"training state {self.file} fits another model ({str(error).splitlines()[-1].strip()})") from None
+
+    def load_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Restore AdamW's state, where its parameters lie and split as they are."""
+        for name, parameter in model.named_parameters():
+            state = _below(self.tensors, f"optim.{name}.")
+            if state:
+                optimizer.state[parameter] = {key: _like(value, parameter, key) for key, value in state.items()}
+
+
+def read_state(file: Path) -> State:
+    """Read a state, or the one before where it is damaged (with a line to say so). Raises `UserError` when neither is whole."""
+    try:
+        return _read(file)
+    except UserError as damage:
+        try:
+            state = _read(previous(file))
+        except UserError:
+            raise damage from None
+        log.warning("training state %s is damaged; going on from the one before, at %d images", file, state.images)
+        return state
+
+
+def _read(file: Path) -> State:
     try:
         with safe_open(file, framework="pt") as handle:
             images = int(handle.metadata()["images"])
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            return State(file, images, {name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"training state {file} is damaged ({str(error)[:80]}); delete it to train this run from the start") from None
-    try:
-        model.load_state_dict(_below(tensors, "model."))
-        if ema is not None:
-            ema.load_state_dict(_below(tensors, "ema."))
-    except RuntimeError as error:
-        raise UserError(f"training state {file} fits another model ({str(error).splitlines()[-1].strip()})") from None
-    for name, parameter in model.named_parameters():
-        state = _below(tensors, f"optim.{name}.")
-        if state:
-            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
-    return images
+
+
+def _like(value: Tensor, parameter: Tensor, key: str) -> Tensor:
+    """On the parameter's device (fused AdamW counts its steps there too), split over processes as the parameter is."""
+    value = value.to(parameter.device)
+    placed: Any = parameter
+    if key == "step" or not hasattr(parameter, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, placed.device_mesh, placed.placements)
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,11 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_LINES = 10
 
 
+def is_main_process() -> bool:
+    """False on all but the first of the processes that torchrun or a cluster started: one of them speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Console:
     """Lines and one progress bar at a time; `say` may be called while a bar runs."""
 
     def __init__(self, quiet: bool = False):
-        self.rich = RichConsole(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self.rich = RichConsole(file=sys.stdout, quiet=quiet or not is_main_process(), highlight=False, soft_wrap=True)
         self.is_terminal = self.rich.is_terminal
 
     def say(self, line: str = "") -> None:
@@ -42,9 +48,9 @@ class Console:
 
 
 class Bar(Protocol):
-    """A task under way: `update(done, note)`."""
+    """A task under way: `update(done, note)`; `total` where it was not known at the start."""
 
-    def update(self, done: int, note: str = "") -> None: ...
+    def update(self, done: int, note: str = "", total: int | None = None) -> None: ...
 
 
 class RichBar:
@@ -54,8 +60,8 @@ class RichBar:
         self.rich, self.title = progress, title
         self.task = progress.add_task(title, total=total)
 
-    def update(self, done: int, note: str = "") -> None:
-        self.rich.update(self.task, completed=done, description=f"{self.title} {note}".rstrip())
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        self.rich.update(self.task, completed=done, total=total, description=f"{self.title} {note}".rstrip())
 
 
 class PlainBar:
@@ -66,7 +72,8 @@ class PlainBar:
         self.start, self.printed = time.perf_counter(), 0
         self.first: int | None = None
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        self.total = total or self.total
         if self.first is None:
             self.first = done if done < self.total else 0
         tenth = done * PLAIN_LINES // max(1, self.total)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orderlab.errors import UserError
+
+LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|gloo|NCCL", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -34,30 +37,36 @@ class World:
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over processes; `value` itself when alone."""
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over processes; `value` itself when alone."""
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value)
-            value /= self.size
         return value
 
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over processes; `value` itself when alone."""
+        return self.sum(value) / self.size if self.size > 1 else value
+
     def any(self, flag: bool) -> bool:
-        """True on every process when it is true on one."""
+        """True on every process when it is true on one. The flag stays on the CPU (gloo): a GPU is not waited for."""
         if self.size == 1:
             return flag
-        tensor = torch.tensor(float(flag), device=self.device)
+        tensor = torch.tensor(float(flag))
         dist.all_reduce(tensor)
         return bool(tensor)
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
 @contextmanager
 def world() -> Iterator[World]:
-    """Join the process group that `torchrun` announced (nccl with GPUs, gloo without), or be alone."""
+    """Join the process group that `torchrun` announced (nccl with GPUs, gloo without and for flags), or be alone.
+
+    Raises `UserError` when another process of the group has gone away.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
@@ -65,11 +74,19 @@ def world() -> Iterator[World]:
         torch.cuda.set_device(device)
     joins = size > 1 and not dist.is_initialized()
     if joins:
-        dist.init_process_group("nccl" if has_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+    here = World(rank, size, device)
     try:
-        yield World(rank, size, device)
+        yield here
         if joins:
-            dist.barrier()  # nobody closes a connection that another process still reads from
+            here.barrier()  # nobody closes a connection that another process still reads from
+    except RuntimeError as error:
+        if size == 1 or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+            raise
+        raise UserError(
+            f"process {rank} of {size} lost the others ({str(error).splitlines()[0][:100]}): one was killed or failed, see its own line; "
+            "the same command goes on from the last checkpoint"
+        ) from None
     finally:
         if joins:
             gc.collect()  # DDP's reducers lie in cycles; one that outlives its group may abort the process at exit
@@ -79,3 +96,9 @@ def world() -> Iterator[World]:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """bf16 matrix products under autocast, or nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one (every process must ask), any other as it is."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

@@ -6,7 +6,6 @@ config is refused with the difference. A lock keeps two processes from writing i
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -25,7 +24,7 @@ from pydantic import ValidationError
 
 from orderlab.config import RunConfig
 from orderlab.errors import UserError
-from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.files import locked, read_json, write_json
 
 
 class RunFolder:
@@ -84,12 +83,7 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder against other processes; the lock dies with the process."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / ".lock", "w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{self.root} is in use by another process; wait for it or choose another --runs folder") from None
+        with locked(self.root, "--runs folder"):
             yield
 
 
@@ -145,14 +139,14 @@ def code_version() -> str:
 
 
 class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into a flag; the loop saves and leaves. A second one acts as usual."""
+    """Turns the first SIGTERM, Ctrl-C or SIGUSR2 (a cluster's warning) into a flag; the loop saves and leaves. A second one acts as usual."""
 
     def __init__(self) -> None:
         self.received = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             self._previous[number] = signal.signal(number, self._receive)
         return self
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from orderlab.errors import UserError
 from orderlab.models.decode import CachedDecoder
+from orderlab.models.decode_static import static_decoder
 from orderlab.models.gpt import GPT
 from orderlab.order.perm import as_batch, to_grid
 from orderlab.sampling.draw import draw_tokens, guidance_scales, guide
@@ -47,7 +48,11 @@ class FullForwardDecoder:
         return self.model.head(hidden_RTD[:, -1])
 
 
-DECODERS: dict[str, Callable[..., Decoder]] = {"kv-cache": CachedDecoder, "full-forward": FullForwardDecoder}
+DECODERS: dict[str, Callable[..., Decoder]] = {
+    "kv-cache": CachedDecoder,
+    "kv-cache-static": static_decoder,
+    "full-forward": FullForwardDecoder,
+}
 
 
 @torch.inference_mode()
@@ -62,7 +67,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     greedy: bool = False,
-    sampler: Literal["kv-cache", "full-forward"] = "kv-cache",
+    sampler: Literal["kv-cache", "kv-cache-static", "full-forward"] = "kv-cache",
     target: bool | None = None,
     guidance_schedule: Literal["none", "linear", "power-cosine"] = "none",
 ) -> Tensor:
@@ -72,7 +77,7 @@ def generate(
     `seeds` are B ints, one per image: the same seed gives the same image in any batch. `guidance` is classifier-free
     guidance on raw logits, uncond + s (cond - uncond), off at 1 or less; `top_k` 0 and `top_p` 1 keep everything;
     `target` feeds the target-aware embedding (None: as the model was configured). "kv-cache" costs one token per step for
-    any order; "full-forward" recomputes the prefix and gives the same tokens. No argument is changed.
+    any order; "kv-cache-static" is the same in fixed shapes, for CUDA graphs; "full-forward" recomputes the prefix and gives the same tokens. No argument is changed.
     Raises `UserError` for arguments that do not fit the model.
     """
     device = model.norm.weight.device

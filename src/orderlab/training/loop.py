@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from orderlab.config import RunConfig
 from orderlab.data.prepare import token_sets
 from orderlab.errors import UserError
-from orderlab.runtime.checkpoint import load_state, save_state
+from orderlab.runtime.checkpoint import read_state, save_state
 from orderlab.runtime.dist import World, autocast, world
 from orderlab.runtime.keys import key
 from orderlab.runtime.run import RunFolder, StopSignal
+from orderlab.training.ahead import Batches
 from orderlab.training.objectives import Objective, objective_for
 from orderlab.training.optim import adamw, learning_rate, moving_average
+from orderlab.training.parallel import accumulating, clip, is_sharded, prepare, whole_state
 from orderlab.training.start import load_start
 
 Report = Callable[[dict[str, Any]], None]
@@ -64,27 +65,24 @@ class Trainer:
     def __init__(self, config: RunConfig, folder: RunFolder, objective: Objective, here: World, report: Report):
         self.config, self.folder, self.objective, self.here, self.report = config, folder, objective, here, report
         self.model = objective.model
-        self.optimizer = adamw(self.model, config.optim)
         self.ema = moving_average(self.model, config)
         self.state_file = folder.checkpoints / STATE
-        self.images = load_state(self.state_file, self.model, self.ema, self.optimizer) if self.state_file.exists() else 0
-        self.forward = self._wrapped()
+        state = read_state(self.state_file) if self.state_file.exists() else None
+        if state is not None:
+            state.load_weights(self.model, self.ema)
+        self.forward = prepare(self.model, self.ema, config, here)
+        self.optimizer = adamw(self.model, config.optim)
+        if state is not None:
+            state.load_moments(self.model, self.optimizer)
+        self.images = state.images if state is not None else 0
         self.rows = here.rows(config.batch)
+        self.batches = Batches(objective.batch, self.rows, here.device, config.batch, config.images)
         micro = config.micro_batch or config.batch // here.size
         self.micro_batch = min(micro, config.batch // here.size)
         self.loss_sum = torch.zeros((), device=here.device, dtype=torch.float64)
         self.bad_step = torch.full((), -1, device=here.device)
         self.grad_norm = torch.zeros((), device=here.device)
         self.steps_since_report, self.seconds, self.has_stepped = 0, 0.0, False
-
-    def _wrapped(self) -> nn.Module:
-        """Compile the blocks in place (the state dict keeps its names), then DDP."""
-        if self.config.compile:
-            for layer in getattr(self.model, "layers", []):
-                layer.compile()
-        if self.here.size == 1:
-            return self.model
-        return DistributedDataParallel(self.model, find_unused_parameters=self.config.model.target_embedding)
 
     def train(self) -> str:
         config = self.config
@@ -120,8 +118,7 @@ class Trainer:
     def _step(self) -> None:
         """One optimizer step on one global batch: accumulate micro-batches, clip, update, average."""
         config, here, clock = self.config, self.here, time.perf_counter()
-        batch = self.objective.batch(self.images)
-        local = batch.rows(self.rows, here.device)
+        local = self.batches.at(self.images)
         share = self.rows.stop - self.rows.start
         micro_steps = -(-share // self.micro_batch)
         loss_sum = torch.zeros_like(self.loss_sum)
@@ -129,14 +126,13 @@ class Trainer:
         for micro_step in range(micro_steps):
             torch.manual_seed(key("dropout", config.seed, self.images, here.rank, micro_step))
             rows = slice(micro_step * self.micro_batch, (micro_step + 1) * self.micro_batch)
-            part = local.rows(rows, here.device)
-            is_last = micro_step == micro_steps - 1
-            with nullcontext() if is_last or not isinstance(self.forward, DistributedDataParallel) else self.forward.no_sync():
+            part = local.part(rows)
+            with accumulating(self.forward, is_last=micro_step == micro_steps - 1):
                 with autocast(config.precision, here.device):
                     loss = self.objective.loss(self.forward, part) * (len(part.classes_B) / share)
                 loss.backward()
             loss_sum += loss.detach()
-        grad_norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], config.optim.clip)
+        grad_norm = clip(self.model, config.optim.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.images)
         self.optimizer.step()
@@ -187,8 +183,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._stop_on_nan()
-        if self.here.is_main:
-            save_state(self.state_file, self.model, self.ema, self.optimizer, self.images)
+        if self.here.is_main or is_sharded(self.config, self.here):
+            save_state(self.state_file, self.model, self.ema, self.optimizer, self.images, is_writer=self.here.is_main)
         self._set_status("training")
 
     def _keep_phase_ends(self) -> None:
@@ -196,17 +192,20 @@ class Trainer:
         for name, images in self.config.phase_ends.items():
             if self.images - self.config.batch < images <= self.images:
                 self._stop_on_nan()
-                if self.here.is_main:
-                    self.objective.export(self.folder.checkpoints / f"{name}.safetensors", {"images": str(self.images)})
+                self._export(name, {"images": str(self.images)}, self.model)
 
     def _finish(self) -> None:
         """Export the final weights, raw (the headline) and averaged."""
-        if self.here.is_main:
-            header = {"run": self.config.model_dump_json(), "images": str(self.images)}
-            self.objective.export(self.folder.checkpoints / "final.safetensors", header)
-            if self.ema is not None:
-                self.objective.export(self.folder.checkpoints / "final-ema.safetensors", header, self.ema.module.state_dict())
+        header = {"run": self.config.model_dump_json(), "images": str(self.images)}
+        self._export("final", header, self.model)
+        if self.ema is not None:
+            self._export("final-ema", header, self.ema.module)
         self._set_status("trained")
+
+    def _export(self, name: str, header: dict[str, str], module: nn.Module) -> None:
+        state = whole_state(module) if self.here.is_main or is_sharded(self.config, self.here) else {}
+        if self.here.is_main:
+            self.objective.export(self.folder.checkpoints / f"{name}.safetensors", header, state)
 
     def _set_status(self, state: str, **more: Any) -> None:
         if self.here.is_main:

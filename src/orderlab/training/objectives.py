@@ -43,12 +43,20 @@ class Batch:
     target_B: Tensor | None
     """Samples to which the target embedding is fed; None when no sample of the global batch takes it."""
 
-    def rows(self, rows: slice, device: torch.device) -> Batch:
-        def part(values: Tensor) -> Tensor:
-            return values[rows].to(device, non_blocking=True)
+    def part(self, rows: slice) -> Batch:
+        """Some rows, where they lie."""
+        return self._each(lambda values: values[rows])
 
-        target_B = None if self.target_B is None else part(self.target_B)
-        return Batch(part(self.classes_B), part(self.tokens_BT), part(self.order_BT), target_B)
+    def pinned(self) -> Batch:
+        """In page-locked memory, from which a copy to a GPU needs no waiting."""
+        return self._each(lambda values: values.contiguous().pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        return self._each(lambda values: values.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        target_B = None if self.target_B is None else change(self.target_B)
+        return Batch(change(self.classes_B), change(self.tokens_BT), change(self.order_BT), target_B)
 
 
 class Objective(Protocol):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from orderlab.config import OptimConfig, RunConfig
+from orderlab.training.parallel import local
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -39,12 +40,17 @@ def ema_decay(limit: float, updates: int, steps: int) -> float:
 
 
 def moving_average(model: nn.Module, config: RunConfig) -> AveragedModel | None:
-    """The averaged copy of the weights, or None when `optim.ema` is 0."""
+    """The averaged copy of the weights, or None when `optim.ema` is 0.
+
+    NOTE: the number of updates is read from the buffer, which lies on the CPU: torch hands over a copy on the GPU, and asking
+    that for its value would wait for every step.
+    """
     if not config.optim.ema:
         return None
 
     def update(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
-        decay = ema_decay(config.optim.ema, int(updates), config.steps)
-        torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
+        decay = ema_decay(config.optim.ema, int(average.n_averaged), config.steps)
+        torch._foreach_lerp_(local(averaged), local(current), 1 - decay)
 
-    return AveragedModel(model, multi_avg_fn=update)
+    average = AveragedModel(model, multi_avg_fn=update)
+    return average

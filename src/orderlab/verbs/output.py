@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orderlab.errors import UserError
+from orderlab.runtime.console import is_main_process
 
 RUNS = Path("runs")
 
@@ -33,13 +34,14 @@ def read_state(status: Path) -> str:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+    if is_main_process():
+        print(json.dumps(value, indent=1))
 
 
 def print_result(result: dict[str, str], as_json: bool) -> None:
     if as_json:
         print_json(result)
-    else:
+    elif is_main_process():
         print(" · ".join(f"{name}: {value}" for name, value in result.items()))
 
 

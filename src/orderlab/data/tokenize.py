@@ -1,0 +1,307 @@
+"""`orderlab tokenize imagenet`: images to one token set, over any number of processes, going on where it was stopped.
+
+The images are listed once. Batches of that list are dealt out by their number, and every batch has one shape, so the codes do
+not depend on the number of processes. Each process writes its codes at their places in one memory-mapped file and then notes
+the batch in its own journal: what a journal names is on disk, the rest is done again at the same places, so nothing is there
+twice. The folder `OUT.part` becomes `OUT` when everything is done.
+"""
+
+# N images · B batch · X crops of an image · P grid position · C channels
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from pydantic import Field
+from torch import Tensor
+
+from orderlab.config import Frozen
+from orderlab.data.images import BROKEN, Crops, ImageFile, class_list, list_images, open_views, read_labels
+from orderlab.data.prepare import tokenizer
+from orderlab.data.tokens import TokenMeta, TokenSet
+from orderlab.errors import UserError
+from orderlab.models.vq import VQ, tokenizer_hash
+from orderlab.runtime.dist import World, world
+from orderlab.runtime.files import locked, read_json, write_atomically, write_json
+from orderlab.runtime.run import config_difference
+
+
+class TokenizeConfig(Frozen):
+    """What is tokenized and how; all but `workers` and `limit_broken` decide the codes."""
+
+    images: Path
+    """Folder of class folders, or of tar files"""
+    out: Path
+    """Folder of the token set"""
+    tokenizer: str = "vq_ds16_c2i.pt"
+    """Weight file of the image tokenizer, or the name of a shipped one"""
+    classes: str | None = None
+    """imagenet100, imagenet1k or a file of WordNet ids; the folders' own when empty"""
+    crops: str = "center"
+    flip: bool = False
+    labels: Path | None = None
+    """Classes of validation images that lie in no class folder"""
+    size: int = Field(256, ge=8)
+    """Side of a crop in pixels"""
+    batch: int = Field(32, ge=1)
+    """Images at a time on one process"""
+    limit_broken: int = Field(10, ge=0)
+    """Unreadable images that are skipped before giving up"""
+    workers: int = Field(4, ge=1)
+    """Threads that read images, a process"""
+
+    @property
+    def views(self) -> Crops:
+        return Crops(self.crops, self.flip)
+
+
+class Work:
+    """The folder of a token set in the making."""
+
+    def __init__(self, out: Path):
+        self.out, self.folder = out, out.with_name(out.name + ".part")
+        self.plan, self.listing, self.codes = self.folder / "plan.json", self.folder / "listing.tsv", self.folder / "codes.npy"
+
+    def journals(self) -> dict[int, dict[int, str]]:
+        """The batches that are on disk, each with its unreadable images; a line cut by a kill counts for nothing."""
+        done: dict[int, dict[int, str]] = {}
+        for file in self.folder.glob("journal-*.jsonl"):
+            for line in file.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                done[record["batch"]] = {int(index): reason for index, reason in record["broken"].items()}
+        return done
+
+    def images(self) -> list[str]:
+        return self.listing.read_text().splitlines()
+
+
+def run(config: TokenizeConfig, *, progress: Callable[[int, int, str], None] | None = None) -> dict[str, Any]:
+    """Tokenize `config.images` into the token set `config.out`; returns images, views, unreadable ones, seconds and images a second.
+
+    Does nothing when the set is there. `progress(done, total, note)` is called on the first process. Raises `UserError` for settings
+    other than those the work was begun with, too many unreadable images, a full disk.
+    """
+    vq, clock, work = tokenizer(config.tokenizer), time.perf_counter(), Work(config.out)
+    settings = _settings(config, vq)
+    if (config.out / "meta.json").exists():
+        _same_settings(config.out / "tokenize.json", settings)
+        return _summary(config.out, 0, clock, 1)
+    with world() as here, locked(work.folder, "--out folder") if here.is_main else nullcontext():
+        if here.is_main:
+            _begin(work, config, settings)
+        here.barrier()
+        fresh = _encode_share(work, config, vq.to(here.device), here, progress if here.is_main else None)
+        fresh = int(here.sum(torch.tensor(fresh, device=here.device)))
+        if here.is_main:
+            _finish(work, config, settings, vq)
+        here.barrier()
+    return _summary(config.out, fresh, clock, here.size)
+
+
+def _settings(config: TokenizeConfig, vq: VQ) -> dict[str, Any]:
+    """What decides the codes; two works with the same settings may be one."""
+    if config.size % vq.config.downsampling or vq.config.codebook_size > 2**16:
+        raise UserError(f"--size {config.size}: expected a multiple of the {vq.config.downsampling} pixels of this tokenizer's tokens")
+    chosen = config.model_dump(mode="json", exclude={"workers", "limit_broken", "out", "tokenizer"})
+    return {
+        **chosen,
+        "images": str(config.images.absolute()),
+        "tokenizer": Path(config.tokenizer).name,
+        "tokenizer_hash": tokenizer_hash(vq),
+    }
+
+
+def _same_settings(file: Path, settings: dict[str, Any]) -> None:
+    difference = config_difference(read_json(file), settings) if file.exists() else "it was not made by orderlab tokenize"
+    if difference:
+        raise UserError(f"{file.parent} was made with other settings ({difference}); choose another --out folder or delete this one")
+
+
+def _begin(work: Work, config: TokenizeConfig, settings: dict[str, Any]) -> None:
+    """List the images and make room for their codes; nothing when that was done before."""
+    if work.plan.exists():
+        _same_settings(work.plan, settings)
+        return
+    found = list_images(config.images, read_labels(config.labels) if config.labels else None)
+    classes = class_list(config.classes, found)
+    images = [image for image in found if image.wordnet_id in set(classes)]
+    absent = sorted(set(classes) - {image.wordnet_id for image in images})
+    if absent:
+        raise UserError(f"{config.images} has no image of {len(absent)} of {len(classes)} classes ({absent[0]}, ...); expected every class")
+    positions = (config.size // tokenizer(config.tokenizer).config.downsampling) ** 2
+    write_atomically(work.listing, "".join(image.line() + "\n" for image in images))
+    write_json(work.folder / "classes.json", classes)
+    open_memmap(work.codes, mode="w+", dtype=np.uint16, shape=(len(images), len(config.views.views), positions)).flush()
+    write_json(work.plan, settings)
+
+
+def _encode_share(work: Work, config: TokenizeConfig, vq: VQ, here: World, progress: Callable[[int, int, str], None] | None) -> int:
+    """Encode this process's batches that no journal names; returns the images it encoded."""
+    if (work.folder / "meta.json").exists():
+        return 0  # everything was encoded before
+    images, done = work.images(), work.journals()
+    batches = -(-len(images) // config.batch)
+    todo = [batch for batch in range(here.rank, batches, here.size) if batch not in done]
+    broken = sum(map(len, done.values()))
+    codes, clock, fresh = np.load(work.codes, mmap_mode="r"), time.perf_counter(), 0
+    header = work.codes.stat().st_size - codes.nbytes
+    journal = work.folder / f"journal-{here.rank}of{here.size}.jsonl"
+    with ThreadPoolExecutor(config.workers) as pool, open(work.codes, "r+b") as target, open(journal, "a") as notes:
+        for batch, (pixels, unreadable) in zip(todo, _loaded(todo, images, config, vq, pool)):
+            _refuse_if_too_many(broken := broken + len(unreadable), unreadable, config)
+            encoded_BXP = _encode(vq, pixels, config.batch, here.device)
+            first = batch * config.batch
+            count = min(config.batch, len(images) - first)
+            _write(work.codes, target.fileno(), header + codes[0].nbytes * first, encoded_BXP[:count])
+            _note(notes, {"batch": batch, "broken": unreadable})
+            fresh += count
+            if progress is not None:
+                speed = here.size * fresh / (time.perf_counter() - clock)
+                progress(min(len(images), len(done) * config.batch + here.size * fresh), len(images), f"{speed:.1f} images/s")
+    return fresh
+
+
+def _loaded(
+    todo: list[int], images: list[str], config: TokenizeConfig, vq: VQ, pool: ThreadPoolExecutor
+) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
+    """The crops of each batch, uint8 [B, X, H, W(, C)], and its unreadable images; the next batch is read while one is encoded."""
+
+    def start(batch: int) -> list[Future[np.ndarray]]:
+        rows = images[batch * config.batch : (batch + 1) * config.batch]
+        return [pool.submit(open_views, ImageFile.from_line(row), config.views, config.size, vq.config.in_channels) for row in rows]
+
+    upcoming = start(todo[0]) if todo else []
+    for place, batch in enumerate(todo):
+        current, upcoming = upcoming, start(todo[place + 1]) if place + 1 < len(todo) else []
+        channels = () if vq.config.in_channels == 1 else (vq.config.in_channels,)
+        pixels = np.zeros((config.batch, len(config.views.views), config.size, config.size, *channels), dtype=np.uint8)
+        unreadable: dict[int, str] = {}
+        for row, future in enumerate(current):
+            try:
+                pixels[row] = future.result()
+            except BROKEN as error:
+                unreadable[batch * config.batch + row] = (str(error) or type(error).__name__).splitlines()[0]
+        yield pixels, unreadable
+
+
+def _refuse_if_too_many(broken: int, unreadable: dict[int, str], config: TokenizeConfig) -> None:
+    if broken > config.limit_broken:
+        reason = next(iter(unreadable.values()), "see the journals")
+        raise UserError(
+            f"{broken} images of {config.images} cannot be read (the last: {reason}); mend them, or accept more with --limit-broken {2 * broken}"
+        )
+
+
+@torch.inference_mode()
+def _encode(vq: VQ, pixels: np.ndarray, batch: int, device: torch.device) -> np.ndarray:
+    """Codes uint16 [B, X, P] of crops uint8 [B, X, H, W(, C)], always `batch` crops at a time; scaled as LlamaGen does (ToTensor, then 0.5)."""
+    crops = torch.from_numpy(pixels).flatten(0, 1)
+    crops = crops.unsqueeze(1) if crops.dim() == 3 else crops.permute(0, 3, 1, 2)
+    parts: list[Tensor] = []
+    for part in crops.split(batch):
+        scaled = part.to(device).float().div(255).sub(0.5).div(0.5)
+        parts.append(vq.encode(scaled.to(memory_format=torch.channels_last)).cpu())
+    return torch.cat(parts).numpy().astype(np.uint16).reshape(*pixels.shape[:2], -1)
+
+
+def _note(journal: TextIO, record: dict[str, Any]) -> None:
+    """A line of its own, also after one that a kill cut short; on disk when this returns."""
+    journal.write("\n" + json.dumps(record) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def _write(file: Path, descriptor: int, offset: int, codes_BXP: np.ndarray) -> None:
+    """Put codes at their place, on disk when this returns."""
+    try:
+        content = memoryview(codes_BXP.tobytes())
+        while content:
+            written = os.pwrite(descriptor, content, offset)
+            content, offset = content[written:], offset + written
+        os.fdatasync(descriptor)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}; free some space, the same command goes on from here") from None
+
+
+def _finish(work: Work, config: TokenizeConfig, settings: dict[str, Any], vq: VQ) -> None:
+    """Describe the set and give the folder its name. A kill in between is made good by the next run."""
+    folder = work.folder
+    if not (folder / "meta.json").exists():
+        _describe(work, config, settings, vq)  # writes meta.json last
+    for name in ("plan.json", "listing.tsv", "classes.json", "codes.npy", ".lock"):
+        (folder / name).unlink(missing_ok=True)
+    for journal in folder.glob("journal-*.jsonl"):
+        journal.unlink()
+    folder.rename(work.out)
+
+
+def _describe(work: Work, config: TokenizeConfig, settings: dict[str, Any], vq: VQ) -> None:
+    """Leave out the unreadable images; write labels, names and the description."""
+    folder, journals = work.folder, work.journals()
+    images = [ImageFile.from_line(line) for line in work.images()]
+    if len(journals) != -(-len(images) // config.batch):
+        raise UserError(f"{folder}: {len(journals)} batches of {config.batch} images are not all; the same command encodes the rest")
+    broken = {index: reason for batch in journals.values() for index, reason in batch.items()}
+    _refuse_if_too_many(len(broken), broken, config)
+    kept = np.array([i for i in range(len(images)) if i not in broken], dtype=np.int64)
+    _keep_rows(work.codes, folder / "tokens.npy", kept)
+    classes = read_json(folder / "classes.json")
+    ranks = {wordnet_id: rank for rank, wordnet_id in enumerate(classes)}
+    np.save(folder / "labels.npy", np.array([ranks[images[i].wordnet_id] for i in kept], dtype=np.int32))
+    write_atomically(folder / "images.txt", "".join(f"{images[i].wordnet_id}/{images[i].name}\n" for i in kept))
+    write_atomically(folder / "broken.txt", "".join(f"{images[i].path}\t{reason}\n" for i, reason in sorted(broken.items())))
+    write_json(folder / "tokenize.json", settings)
+    side = config.size // vq.config.downsampling
+    meta = TokenMeta(
+        tokenizer=settings["tokenizer"],
+        tokenizer_hash=settings["tokenizer_hash"],
+        grid=(side, side),
+        vocabulary=vq.config.codebook_size,
+        classes=len(classes),
+        images=len(kept),
+        views=config.views.views,
+        source=f"{config.images.name}, {config.size} px, {config.classes or 'its own classes'}",
+    )
+    write_json(folder / "meta.json", meta.model_dump())
+
+
+def _keep_rows(codes: Path, tokens: Path, kept: np.ndarray, chunk: int = 65536) -> None:
+    """Write the kept rows as `tokens`; the codes themselves where all are kept."""
+    source = np.load(codes, mmap_mode="r")
+    if len(kept) == len(source):
+        if not tokens.exists():
+            os.link(codes, tokens)
+        return
+    target = open_memmap(tokens, mode="w+", dtype=np.uint16, shape=(len(kept), *source.shape[1:]))
+    for start in range(0, len(kept), chunk):
+        target[start : start + chunk] = source[kept[start : start + chunk]]
+    target.flush()
+
+
+def _summary(out: Path, fresh: int, clock: float, processes: int) -> dict[str, Any]:
+    token_set, seconds = TokenSet(out), time.perf_counter() - clock
+    broken = (out / "broken.txt").read_text().splitlines() if (out / "broken.txt").exists() else []
+    return {
+        "tokens": str(out),
+        "images": len(token_set),
+        "views": len(token_set.meta.views),
+        "classes": token_set.meta.classes,
+        "broken": broken,
+        "encoded_now": fresh,
+        "seconds": seconds,
+        "images_per_second": fresh / seconds,
+        "processes": processes,
+    }

@@ -1,0 +1,171 @@
+"""Weights in and out: LlamaGen's checkpoints to ours and back, a run as a folder with its model card, and a push to the Hub.
+
+Importing and exporting change no bit of a weight. LlamaGen's format has no place for a target table, nor for an order other
+than raster: an export says what it leaves out.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orderlab.catalog import ROWS, TABLES
+from orderlab.config import RunConfig
+from orderlab.errors import UserError
+from orderlab.models.formats import load_gpt, merge_target, read_weights, save_gpt
+from orderlab.models.gpt import GPT
+from orderlab.order.paths import path
+from orderlab.runtime.files import read_json, write_atomically, write_json
+from orderlab.runtime.run import RunFolder
+
+FORMATS = ("safetensors", "llamagen")
+TARGET = "ta_embedding.weight"
+
+
+def import_weights(file: Path, out: Path, heads: int | None = None, grid: tuple[int, int] | None = None) -> dict[str, Any]:
+    """A checkpoint of LlamaGen (or of ours) as safetensors with its config in the header, bit for bit.
+
+    Returns file, parameters, config and what was dropped. Raises `UserError` for a file that is no such checkpoint.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out} has suffix '{out.suffix}'; expected a .safetensors file to write")
+    weights = read_weights(file)
+    model = load_gpt(file, heads=heads, grid=grid)
+    save_gpt(model, out, state=weights.tensors, header={"source": file.name})
+    return {
+        "file": str(out),
+        "parameters": model.parameter_count(),
+        "dropped": weights.dropped,
+        "config": model.config.model_dump(mode="json"),
+    }
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, and what the format has no place for."""
+
+    files: list[Path]
+    notes: list[str]
+
+
+def export_run(
+    run_dir: Path, out: Path, format: str = "safetensors", merge_order: str | None = None, checkpoint: str = "final"
+) -> Exported:
+    """A run as a folder to share: weights, config.json, metrics.json and README.md, the model card.
+
+    `merge_order` merges the target table for one order (safetensors only). Raises `UserError` for an unknown format, a run
+    without that checkpoint, or what LlamaGen's format cannot hold.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format {format}: expected one of {', '.join(FORMATS)}")
+    if merge_order is not None and format == "llamagen":
+        raise UserError("--merge-target gives each slot a bias, and LlamaGen's format has no place for it; use --format safetensors")
+    folder = RunFolder(run_dir)
+    config, weights = folder.config(), folder.checkpoints / f"{checkpoint}.safetensors"
+    if not weights.exists():
+        raise UserError(f"{weights} does not exist; train the run to its end first (its state is '{folder.status()['state']}')")
+    model, notes = load_gpt(weights), []
+    if merge_order is not None:
+        model = merge_target(model, path(merge_order, *model.config.grid))
+        notes.append(f"the target table is merged for {merge_order}: other orders are lost")
+    name = "model.safetensors" if format == "safetensors" else "model.pt"
+    if format == "safetensors":
+        save_gpt(model, out / name, header={"run": config.model_dump_json()})
+    else:
+        notes += _save_llamagen(model, out / name)
+    write_json(out / "config.json", {"model": model.config.model_dump(mode="json"), "run": config.model_dump(mode="json")})
+    metrics = {kind: read_json(file) for kind in ("scores", "nll") if (file := folder.root / f"{kind}.json").exists()}
+    write_json(out / "metrics.json", metrics)
+    write_atomically(out / "README.md", model_card(config, model, metrics, name, checkpoint, notes))
+    return Exported([out / part for part in (name, "config.json", "metrics.json", "README.md")], notes)
+
+
+def _save_llamagen(model: GPT, file: Path) -> list[str]:
+    """{"model": state dict} as LlamaGen's samplers read it; returns what was left out."""
+    state, notes = dict(model.state_dict()), []
+    if model.config.slot_bias:
+        raise UserError("this model has a bias a slot (a merged target table), and LlamaGen's format has no place for it")
+    if TARGET in state:
+        del state[TARGET]
+        notes.append("the target table is left out: LlamaGen's samplers feed none, as the study does at inference")
+    tensors: dict[str, Tensor] = {name: tensor.contiguous() for name, tensor in state.items()}
+    buffer = io.BytesIO()
+    torch.save({"model": tensors}, buffer)
+    write_atomically(file, buffer.getvalue())
+    return notes
+
+
+def model_card(config: RunConfig, model: GPT, metrics: dict[str, Any], file: str, checkpoint: str, notes: list[str]) -> str:
+    """Markdown with the Hub's header: what the model is, how to use it, its rows with the study's numbers and ours."""
+    sizes = model.config
+    lines = [
+        "---",
+        "license: mit",
+        "library_name: orderlab",
+        "tags: [autoregressive, image-generation, token-order]",
+        "---",
+        f"# {config.recipe} at scale {config.scale}, seed {config.seed}",
+        "",
+        f"A class-conditional image GPT: {model.parameter_count():,} parameters, {sizes.layers} layers of width {sizes.dim}, {sizes.grid[0]}×{sizes.grid[1]} tokens of "
+        f"{sizes.vocabulary:,} codes, {sizes.classes} classes. Trained for {config.images:,} images seen in batches of {config.batch} "
+        f"(policy: {config.policy.kind}); checkpoint `{checkpoint}`.",
+        *(f"- {note}" for note in notes),
+        "",
+        "```python",
+        "import orderlab",
+        "",
+        f'model = orderlab.load_gpt("{file}")',
+        f'tokens = orderlab.generate(model, classes=[0], order=orderlab.path("raster", {sizes.grid[0]}, {sizes.grid[1]}), seeds=[0], guidance=2.0)',
+        "```",
+        "",
+        *_rows_of(config, metrics),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows_of(config: RunConfig, metrics: dict[str, Any]) -> list[str]:
+    """The catalogue's rows that this run serves, beside the study's numbers; then what was measured, each metric by its full name."""
+    rows = [row for row in ROWS if row.run == config.recipe]
+    lines = ["## Rows of the study", "", "The study's own numbers, at its scale; empty where it is silent.", ""]
+    lines += ["| row | order | sampler | the study's |", "|---|---|---|---|"]
+    for row in rows:
+        printed = ", ".join(f"{name} {value:g}" for name, value in row.source.printed().items())
+        lines.append(f"| {TABLES.get(row.table, row.table)}: {row.label} | {row.order} | {row.sampler} | {printed} |")
+    lines += ["", "## Measured on this model", "", "| samples | metric | value | N | reference |", "|---|---|---:|---:|---|"]
+    for name, scored in metrics.get("scores", {}).items():
+        for record in scored.get("records", []):
+            error = f" ± {record['standard_error']:.3g}" if record.get("standard_error") is not None else ""
+            cells = [
+                name,
+                record["metric"],
+                f"{record['value']:.4g}{error}",
+                f"{record.get('n') or '':}",
+                str(record.get("reference") or ""),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    for key, measured in metrics.get("nll", {}).items():
+        lines.append(f"| {key} | validation NLL, nats a token | {measured['nll_per_token']:.4f} | | |")
+    return lines
+
+
+def push(folder: Path, repository: str, is_private: bool = False) -> str:
+    """Upload an exported folder to the Hugging Face Hub; returns its address. Needs the extra `[hub]` and a login."""
+    if not (folder / "README.md").is_file():
+        raise UserError(f"{folder} is no exported model: README.md is missing; make one: orderlab hub export RUN {folder}")
+    try:
+        from huggingface_hub import HfApi  # pyrefly: ignore [missing-import]
+    except ImportError:
+        raise UserError("orderlab hub push needs huggingface-hub, which is not installed; pip install 'orderlab[hub]'") from None
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=is_private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=str(folder)))
+    except Exception as error:  # the client's many kinds of refusal: no login, no such name, no network
+        raise UserError(
+            f"the Hub refused {repository} ({str(error).strip().splitlines()[0][:160]}); log in with `hf auth login` and try again"
+        ) from None

@@ -1,0 +1,73 @@
+"""A model over several processes: blocks compiled in place, then DDP, or FSDP2 where weights and moments are split.
+
+The order matters: compiling in place keeps the names of the state dict, and DDP and FSDP wrap what is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from orderlab.config import RunConfig
+from orderlab.runtime.dist import World, whole
+
+
+def is_sharded(config: RunConfig, here: World) -> bool:
+    return config.sharding == "fsdp" and here.size > 1
+
+
+def prepare(model: nn.Module, ema: AveragedModel | None, config: RunConfig, here: World) -> nn.Module:
+    """Compile, then wrap or shard; returns what is called in the forward pass. Weights are in place before, the optimizer made after."""
+    if config.compile:
+        for layer in getattr(model, "layers", []):
+            layer.compile()
+    if is_sharded(config, here):
+        shard(model)
+        if ema is not None:
+            shard(ema.module)
+        return model
+    if here.size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[here.device.index] if here.device.type == "cuda" else None,
+        find_unused_parameters=config.model.target_embedding,  # the target table rests in the raster phase
+        gradient_as_bucket_view=True,  # gradients once in memory, not twice
+    )
+
+
+def shard(model: Any) -> None:
+    """Split each block, then the rest (embeddings, norm, head), over all processes. fp32 shards: autocast makes the products bf16."""
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
+def accumulating(forward: nn.Module, is_last: bool) -> AbstractContextManager[object]:
+    """Around a micro-step: gradients are exchanged at the last one only."""
+    if isinstance(forward, FSDPModule):
+        forward.set_requires_gradient_sync(is_last)
+    elif isinstance(forward, DistributedDataParallel) and not is_last:
+        return forward.no_sync()
+    return nullcontext()
+
+
+def clip(model: nn.Module, limit: float) -> Tensor:
+    """Clip the global gradient norm; returns the norm before, on the device. Parameters without a gradient count for nothing."""
+    return whole(nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit))
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with full tensors on the CPU; every process must ask."""
+    return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+
+
+def local(tensors: Sequence[Any]) -> list[Tensor]:
+    """This process's part of each tensor."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]

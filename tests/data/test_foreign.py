@@ -1,0 +1,100 @@
+"""Token files of other projects: read as they are, copies of LlamaGen's padding left out, faults named; and the check of a set."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from orderlab.data.check import check, picture
+from orderlab.data.foreign import import_tokens
+from orderlab.data.tokenize import TokenizeConfig, run
+from orderlab.data.tokens import TokenMeta, TokenSet
+from orderlab.errors import UserError
+
+META = TokenMeta(tokenizer="t", tokenizer_hash="unknown", grid=(4, 4), vocabulary=100, classes=1, images=0, views=[], source="")
+CODES = np.random.default_rng(0).integers(0, 100, (7, 10, 16))
+LABELS = np.array([3, 0, 1, 1, 2, 0, 3])
+
+
+def llamagen(folder: Path, padded: int) -> Path:
+    (folder / "imagenet256_codes").mkdir(parents=True)
+    (folder / "imagenet256_labels").mkdir()
+    for place in range(len(CODES) + padded):
+        image = place % len(CODES)
+        np.save(folder / f"imagenet256_codes/{place}.npy", CODES[image][None])
+        np.save(folder / f"imagenet256_labels/{place}.npy", LABELS[image][None])
+    return folder
+
+
+@pytest.mark.parametrize("padded", [0, 1, 3])
+def test_llamagens_folders_without_the_padding_of_its_processes(tmp_path: Path, padded: int) -> None:
+    found = import_tokens(llamagen(tmp_path / "codes", padded), tmp_path / "out", META)
+    assert np.array_equal(found.tokens, CODES)
+    assert found.labels.tolist() == LABELS.tolist()
+    assert (found.meta.classes, len(found.meta.views)) == (4, 10)
+    assert (f"{padded} padded copies" in found.meta.source) == (padded > 0)
+
+
+def test_rars_lines(tmp_path: Path) -> None:
+    lines = [json.dumps({"class_id": int(label), "tokens": codes[0].tolist()}) for label, codes in zip(LABELS, CODES)]
+    (tmp_path / "maskgitvq.jsonl").write_text("\n".join(lines) + "\n")
+    found = import_tokens(tmp_path / "maskgitvq.jsonl", tmp_path / "out", META)
+    assert np.array_equal(found.tokens, CODES[:, :1])
+    assert found.labels.tolist() == LABELS.tolist()
+    (tmp_path / "maskgitvq.jsonl").write_text("\n".join(lines)[:-20])
+    with pytest.raises(UserError, match=r"line 7: expected .*may be cut"):
+        import_tokens(tmp_path / "maskgitvq.jsonl", tmp_path / "cut", META)
+    assert not (tmp_path / "cut").exists()
+    assert not (tmp_path / "cut.part").exists()
+
+
+@pytest.mark.parametrize(("names", "labels"), [(("n01440764", "n01443537"), [0, 0, 1]), (("2", "10"), [2, 2, 10])])
+def test_class_folders(tmp_path: Path, names: tuple[str, str], labels: list[int]) -> None:
+    for place, name in enumerate((names[0], names[0], names[1])):
+        (tmp_path / "codes" / name).mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "codes" / name / f"{place}.npy", CODES[place].astype(np.int32))
+    found = import_tokens(tmp_path / "codes", tmp_path / "out", META)
+    assert sorted(found.labels.tolist()) == labels
+    assert {row.tobytes() for row in found.tokens} == {row.astype(np.uint16).tobytes() for row in CODES[:3]}
+
+
+def test_foreign_faults_are_one_line(tmp_path: Path) -> None:
+    folder = llamagen(tmp_path / "codes", 0)
+    with pytest.raises(UserError, match=r"highest code 99.*codes below 50 \(--vocabulary\)"):
+        import_tokens(folder, tmp_path / "out", META.edited(vocabulary=50))
+    with pytest.raises(UserError, match=r"integer codes of 9 positions \(--grid\)"):
+        import_tokens(folder, tmp_path / "out", META.edited(grid=(3, 3)))
+    (folder / "imagenet256_codes/4.npy").unlink()
+    with pytest.raises(UserError, match="is missing or damaged"):
+        import_tokens(folder, tmp_path / "out", META)
+    with pytest.raises(UserError, match="is no token folder"):
+        import_tokens(tmp_path, tmp_path / "out", META)
+
+
+def test_check_counts_and_finds(tmp_path: Path) -> None:
+    token_set = import_tokens(llamagen(tmp_path / "codes", 0), tmp_path / "out", META)
+    found = check(token_set)
+    assert found["problems"] == []
+    assert found["images_per_class"] == {"fewest": 1, "most": 2, "histogram": [2, 2, 1, 2]}
+    assert found["codes"] == {"lowest": 0, "highest": 99, "used": len(np.unique(CODES))}
+    assert found["duplicates"]["count"] == 0
+    spoilt = np.load(tmp_path / "out/tokens.npy")
+    spoilt[5], spoilt[2, 0, 0] = spoilt[1], 4000
+    np.save(tmp_path / "out/tokens.npy", spoilt)
+    np.save(tmp_path / "out/labels.npy", np.array([0, 0, 1, 1, 3, 0, 4], dtype=np.int32))
+    found = check(TokenSet(tmp_path / "out"))
+    assert found["duplicates"] == {"count": 1, "first": [(1, 5)]}
+    assert [problem.split()[0] for problem in found["problems"]] == ["code", "labels", "1"]
+
+
+def test_stored_items_are_decoded_to_a_picture(image_tree: Path, small_vq: Path, tmp_path: Path) -> None:
+    run(TokenizeConfig(images=image_tree / "train", out=tmp_path / "tokens", tokenizer=str(small_vq), size=64, flip=True))
+    token_set = TokenSet(tmp_path / "tokens")
+    assert picture(token_set, tmp_path / "p.png", 3, str(small_vq)) == [0, 24, 47]
+    assert Image.open(tmp_path / "p.png").size == (128, 192)  # two views in a row, three images
+    with pytest.raises(UserError, match="name the right file with --tokenizer"):
+        picture(TokenSet(tmp_path / "tokens"), tmp_path / "p.png", 3, "fashion-8x8")
+    with pytest.raises(UserError, match="unknown tokenizer"):
+        picture(token_set, tmp_path / "p.png", 3)  # meta.json holds the file's name, not its place

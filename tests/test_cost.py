@@ -1,0 +1,79 @@
+"""Costs against hand counts: memory from tensors that can be listed, tables that stand beside the study's."""
+
+import pytest
+import torch
+
+from orderlab import catalog, cli
+from orderlab.config import GPTConfig, SampleConfig
+from orderlab.cost import sampling_cost, training_cost, training_memory
+from orderlab.cost_memory import block_bytes, head_bytes
+from orderlab.models.transformer import Block
+
+GRID = (4, 4)
+
+
+def test_what_a_block_keeps_is_what_autograd_saves() -> None:
+    """Eager fp32, against the memory that goes when the graph of one more image is let go; compiled keeps less."""
+    eager, compiled = (block_bytes(64, 4, 128, GRID, False, is_compiled) for is_compiled in (False, True))
+    positions, dim, hidden = 16, 64, 128
+    least = 4 * positions * (2 * dim + 3 * dim + dim + 3 * hidden)  # the inputs of its matrix products, q, k and v
+    assert least < eager < 6 * least
+    assert 4 * positions * dim < compiled < eager
+    block = Block(GPTConfig(dim=64, heads=4, ffn_hidden=128, grid=GRID))
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.__setitem__(id(t), 1) or t, lambda t: t):
+        block(torch.zeros(1, 16, 64, requires_grad=True), torch.zeros(1, 16, 8, 2))
+    assert len(kept) > 10
+    assert block_bytes(64, 4, 128, GRID, True, False) < eager
+
+
+def test_the_head_keeps_its_logits() -> None:
+    logits = 4 * 16 * 1000
+    assert logits < head_bytes(32, 16, 1000, False) < 3 * logits
+
+
+def test_memory_grows_with_images_and_falls_with_compiling() -> None:
+    config = catalog.resolve("rar-300", "paper")
+    one, two = (training_memory(config, images, False) for images in (1, 2))
+    many = training_memory(config, 64, False)
+    assert many - two == pytest.approx(62 * (two - one), rel=1e-6)
+    assert training_memory(config, 64, True) < many
+    fixed = one - (two - one)
+    assert fixed == pytest.approx(110_393_856 * (5 * 4 + 2), rel=1e-6)  # weights, gradient, two moments, average; bf16 copies
+
+
+def test_a_global_batch_is_divided_over_the_devices() -> None:
+    scale = catalog.scale_named("paper")
+    cost = training_cost(catalog.resolve("raster-300", "paper"), scale)
+    assert (cost["devices"], cost["images_per_device"], cost["micro_batch"]) == (4, 64, 64)
+    assert (cost["parameters"], cost["steps"]) == (110_197_248, 148_464)
+    assert cost["steps_per_epoch"] == pytest.approx(494.9, abs=0.1)
+    assert cost["memory_gib_with_compile"] == cost["memory_gib"] < cost["memory_gib_without_compile"] < 80
+    assert cost["source_hours"] == 3.8
+    halved = training_cost(catalog.resolve("raster-300", "paper", micro_batch=32), scale)
+    assert halved["memory_gib"] < cost["memory_gib"]
+    assert catalog.resolve("raster-300", "paper-1k").model.classes == 1000
+    assert training_cost(catalog.resolve("raster-300", "paper-1k"), catalog.scale_named("paper-1k"))["parameters"] == 110_888_448
+
+
+def test_sampling_takes_no_less_than_reading_weights_and_cache() -> None:
+    scale = catalog.scale_named("paper")
+    small, large = (sampling_cost(scale.model, SampleConfig(images=5000, batch=batch), scale) for batch in (1, 64))
+    assert small["hours"] > 10 * large["hours"]
+    assert small["sampling_pflop"] == large["sampling_pflop"]
+
+
+def test_the_studys_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["cost", "--table"])
+    out = capsys.readouterr().out
+    for label, *_ in (*catalog.SOURCE_COSTS, *catalog.SOURCE_INFERENCE):
+        assert label in out
+    assert "~3.8 hours" in out
+    assert "assumed, not measured" in out
+
+
+def test_every_run_of_a_scale_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["cost", "--scale", "paper"])
+    out = capsys.readouterr().out
+    expected = [name for name, recipe in catalog.RECIPES.items() if not recipe.is_pretraining]
+    assert [line.split()[0] for line in out.splitlines()[2:-1]] == expected

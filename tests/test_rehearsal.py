@@ -1,0 +1,153 @@
+"""The paper scale in small, by its own code path: images -> tokens -> training on two processes, killed, resumed on one -> samples -> likelihood.
+
+48 JPEGs of 64 pixels, a tokenizer with random weights, the catalogue's `rar-300` at scale `paper` with a model of toy size: bf16
+autocast, accumulation, moving average, checkpoints. Nothing in the numbers means anything but that they agree.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from orderlab import catalog, cli
+from orderlab.config import RunConfig, SampleConfig
+from orderlab.data.check import picture
+from orderlab.data.prepare import decode, tokenizer
+from orderlab.data.tokens import TokenSet
+from orderlab.evaluate import likelihood
+from orderlab.models.vq import PRESETS, VQ
+from orderlab.runtime.run import RunFolder
+from orderlab.sampling import sample
+from orderlab.training.loop import run
+from tests.training.test_loop import assert_close, in_process
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TOY = {
+    "model.layers": 2,
+    "model.heads": 2,
+    "model.dim": 16,
+    "model.ffn_hidden": 48,
+    "model.grid": (8, 8),
+    "model.vocabulary": 64,
+    "model.classes": 4,
+}
+NO_DROPOUT = {"model.token_dropout": 0.0, "model.residual_dropout": 0.0, "model.ffn_dropout": 0.0}  # it is drawn by process
+SHORT = {"images": 320, "batch": 8, "micro_batch": 2, "checkpoint_every": 80, "validate_every": 160, "compile": False}
+
+SAMPLE = """
+import sys, torch
+from orderlab.config import SampleConfig
+from orderlab.sampling import sample
+torch.set_num_threads(1)
+sample.run(SampleConfig.model_validate_json(sys.argv[1]), sys.argv[2])
+"""
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [*TORCHRUN, "-m", "orderlab.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def paper_config(data: Path, **changes: object) -> RunConfig:
+    return catalog.resolve("rar-300", "paper", 0, **{**TOY, **NO_DROPOUT, **SHORT, "data.folder": str(data), **changes})
+
+
+def test_rehearsal(image_tree: Path, small_vq: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for split, processes, flip in (("train", 2, ["--flip"]), ("validation", 1, [])):
+        arguments = [
+            "--images",
+            str(image_tree / split),
+            "--out",
+            str(data / split),
+            "--tokenizer",
+            str(small_vq),
+            "--size",
+            "64",
+            "--batch",
+            "5",
+        ]
+        if processes == 1:
+            cli.main(["tokenize", "imagenet", *arguments])
+            continue
+        result = run_cli("tokenize", "imagenet", *arguments, *flip, "--json")
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert json.loads(result.stdout)["processes"] == 2  # one of them speaks
+    cli.main(["tokens", "check", str(data / "train")])
+    assert picture(TokenSet(data / "train"), tmp_path / "items.png", 4, str(small_vq)) == [0, 16, 31, 47]
+
+    config = paper_config(data)
+    assert (config.precision, config.model.target_embedding, config.optim.ema, config.policy.kind) == ("bf16", True, 0.9999, "annealed")
+    whole, killed = tmp_path / "whole/rar/seed0", tmp_path / "killed/rar/seed0"
+    run(config, whole)
+    assert in_process(config, killed, when=120, how="SIGKILL", processes=2).returncode != 0
+    assert RunFolder(killed).status() == {"state": "training", "images": 80, "of": 320}
+    assert run(config, killed) == "trained"
+    assert_close(whole, killed, "bf16")
+    assert {"random-end", "anneal-end", "final", "final-ema"} <= {f.stem for f in (killed / "checkpoints").iterdir()}
+
+    settings = SampleConfig(images=10, batch=3, guidance=2.0)
+    one = sample.SampleSet(sample.run(settings, whole))
+    (tmp_path / "sample.py").write_text(SAMPLE)
+    again = tmp_path / "again/rar/seed0"
+    again.mkdir(parents=True)
+    for name in ("config.json", "checkpoints"):
+        (again / name).symlink_to(whole / name)
+    result = subprocess.run(
+        [*TORCHRUN, str(tmp_path / "sample.py"), settings.model_dump_json(), str(again)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    two = sample.SampleSet(again / "samples" / one.folder.name)
+    assert np.array_equal(one.tokens_NP, two.tokens_NP)
+    assert np.array_equal(one.classes_N, two.classes_N)
+    assert decode(tokenizer(str(small_vq)), two.tokens_NP).shape == (10, 64, 64, 3)
+    measured = likelihood.run(killed, ["raster"])
+    assert 0 < next(iter(measured.values()))["nll_per_token"] < 2 * np.log(64)
+
+
+@pytest.mark.slow
+def test_rehearsal_with_compiled_blocks(image_tree: Path, small_vq: Path, tmp_path: Path) -> None:
+    """`block.compile()`, then DDP, on two processes: the losses of the uncompiled run."""
+    for split in ("train", "validation"):
+        arguments = [
+            "--images",
+            str(image_tree / split),
+            "--out",
+            str(tmp_path / "data" / split),
+            "--tokenizer",
+            str(small_vq),
+            "--size",
+            "64",
+        ]
+        cli.main(["tokenize", "imagenet", *arguments])
+    config = paper_config(tmp_path / "data")
+    run(config, tmp_path / "plain/rar/seed0")
+    result = in_process(config.edited(compile=True), tmp_path / "compiled/rar/seed0", processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_close(tmp_path / "plain/rar/seed0", tmp_path / "compiled/rar/seed0", "bf16")
+
+
+@pytest.mark.slow
+def test_vq16_on_one_image_of_256_pixels(tmp_path: Path) -> None:
+    """A file as LlamaGen publishes it (weights under "model", others under "ema"), with random weights: 256 codes, back to a picture."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vq = VQ(PRESETS["vq-16"])
+    state = {**vq.state_dict(), "quantize.codebook_used": torch.zeros(65536)}
+    torch.save({"model": state, "ema": state, "steps": 1}, tmp_path / "vq_ds16_c2i.pt")
+    (tmp_path / "images/n01440764").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((500, 375)).save(tmp_path / "images/n01440764/n01440764_1.JPEG")
+    arguments = ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "tokens"), "--tokenizer", str(tmp_path / "vq_ds16_c2i.pt")]
+    cli.main(["tokenize", "imagenet", *arguments, "--batch", "1"])
+    token_set = TokenSet(tmp_path / "tokens")
+    assert token_set.tokens.shape == (1, 1, 256)
+    assert token_set.meta.vocabulary == 16384
+    assert picture(token_set, tmp_path / "p.png", 1, str(tmp_path / "vq_ds16_c2i.pt")) == [0]
+    assert Image.open(tmp_path / "p.png").size == (256, 256)
