@@ -48,13 +48,22 @@ class Plan:
     def report(self) -> Path:
         return self.runs / "reports" / f"{self.scale.name}-seed{self.seed}"
 
+    @property
+    def is_scored_here(self) -> bool:
+        """Whether scores need nothing but the package. ImageNet's need Inception's weights and a reference: docs/cluster.md."""
+        return self.scale.data.source == "fashion"
+
     def is_done(self, row: Row) -> bool:
         folder = run_folder(self.runs, row.run, self.scale, self.seed)
-        if folder.status()["state"] != "trained" or not folder.scores.exists() or not (folder.root / "nll.json").exists():
+        if folder.status()["state"] != "trained" or not (folder.root / "nll.json").exists():
             return False
         names = {sample.sample_name(variant.sample, variant.checkpoint) for variant in variants(row, self.scale, self.seed)}
+        if self.is_scored_here:
+            found = set(read_json(folder.scores)) if folder.scores.exists() else set()
+        else:
+            found = {file.parent.name for file in folder.samples.glob("*/sample.json")}
         key = likelihood.result_key(row.order, row.checkpoint, row.target)
-        return names <= set(read_json(folder.scores)) and key in read_json(folder.root / "nll.json")
+        return names <= found and key in read_json(folder.root / "nll.json")
 
 
 def run(plan: Plan, console: Console | None = None) -> Path | None:
@@ -63,11 +72,10 @@ def run(plan: Plan, console: Console | None = None) -> Path | None:
     rows = plan.rows
     page = plan.report / "report.html"
     todo = [row for row in rows if not plan.is_done(row)]
-    if not todo and page.exists():
+    if not todo and (page.exists() or not plan.is_scored_here):
         console.say(f"everything is done: {len(rows)} rows at scale {plan.scale.name}, seed {plan.seed}")
         _print_table(plan, console)
-        console.say(f"report: {page}")
-        return page
+        return _say_where(plan, console)
     clock = time.perf_counter()
     console.say(f"{len(rows)} rows at scale {plan.scale.name} ({len(rows) - len(todo)} done): {plan.scale.description}")
     if work(plan, console) == "stopped":
@@ -75,10 +83,20 @@ def run(plan: Plan, console: Console | None = None) -> Path | None:
         return None
     if not is_main_process():
         return None
-    page = build(collect(rows, plan.scale, plan.runs, plan.seed), plan.report)[0]
+    if plan.is_scored_here:
+        build(collect(rows, plan.scale, plan.runs, plan.seed), plan.report)
     _print_table(plan, console)
-    console.say(f"done in {(time.perf_counter() - clock) / 60:.1f} minutes · report: {page}")
-    return page
+    console.say(f"done in {(time.perf_counter() - clock) / 60:.1f} minutes")
+    return _say_where(plan, console)
+
+
+def _say_where(plan: Plan, console: Console) -> Path | None:
+    page = plan.report / "report.html"
+    if plan.is_scored_here:
+        console.say(f"report: {page}")
+        return page
+    console.say(f"samples lie in {plan.runs}/<run>@{plan.scale.name}/seed{plan.seed}/samples; scoring them: docs/cluster.md")
+    return None
 
 
 def work(plan: Plan, console: Console | None = None) -> str:
@@ -154,7 +172,8 @@ def _carry_out(row: Row, plan: Plan, console: Console, title: str) -> None:
     """Sample and score one row in all its variants, measure its likelihood, then print its line."""
     folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
     for out in _sample(row, plan, console, title):
-        score.run(folder.root, samples=[out.name])
+        if plan.is_scored_here:
+            score.run(folder.root, samples=[out.name])
     likelihood.run(folder.root, [row.order], checkpoint=row.checkpoint, target=row.target)
     console.say(_line(row, plan))
 
@@ -169,12 +188,14 @@ def _sample(row: Row, plan: Plan, console: Console, title: str) -> Iterator[Path
 
 def _line(row: Row, plan: Plan) -> str:
     folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
-    scored = read_json(folder.scores)[sample.sample_name(sample_config(row, plan.scale, plan.seed), row.checkpoint)]
-    values = {record["metric"]: record for record in scored["records"]}
     key = likelihood.result_key(row.order, row.checkpoint, row.target)
     nll = read_json(folder.root / "nll.json")[key]["nll_per_token"]
-    distance, agreement = values["FD-fashion"], values["label agreement"]["value"]
     paper = f"{row.source.fid:g}" if row.source.fid is not None else ""
+    if not plan.is_scored_here:
+        return f"{row.id:<45} NLL {nll:6.3f}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}".rstrip()
+    scored = read_json(folder.scores)[sample.sample_name(sample_config(row, plan.scale, plan.seed), row.checkpoint)]
+    values = {record["metric"]: record for record in scored["records"]}
+    distance, agreement = values["FD-fashion"], values["label agreement"]["value"]
     return (
         f"{row.id:<45} FD-fashion {distance['value']:7.2f} ± {distance['standard_error']:.2f}"
         f"  labels {agreement:4.0%}  NLL {nll:6.3f}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}"

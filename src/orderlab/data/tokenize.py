@@ -26,8 +26,8 @@ from pydantic import Field
 from torch import Tensor
 
 from orderlab.config import Frozen
-from orderlab.data.images import BROKEN, Crops, ImageFile, class_list, list_images, open_views, read_labels
 from orderlab.data.prepare import tokenizer
+from orderlab.data.sources import BROKEN, Crops, ImageFile, class_list, list_images, open_views, read_labels
 from orderlab.data.tokens import TokenMeta, TokenSet
 from orderlab.errors import UserError
 from orderlab.models.vq import VQ, tokenizer_hash

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from orderlab.data.batches import image_batches
+from orderlab.data.images import image_batches
 from orderlab.data.npz import NpzFile, NpzWriter
 from orderlab.errors import UserError
 from orderlab.evaluate.features import FeatureExtractor

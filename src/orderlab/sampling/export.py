@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.data.batches import as_three_channels
+from orderlab.data.images import as_three_channels
 from orderlab.data.npz import NpzWriter
 from orderlab.errors import UserError
 from orderlab.models.vq import VQ, tokenizer_hash

@@ -165,7 +165,7 @@ def reference(images: Path, /, out: Path, network: str | None = None, keep: int 
         keep: images kept for precision and recall, evenly spaced
         size: centre crop to so many pixels, as ADM crops
     """
-    from orderlab.data.batches import image_batches
+    from orderlab.data.images import image_batches
     from orderlab.evaluate.extractors import default_network, extractor
     from orderlab.evaluate.reference import make_reference
 

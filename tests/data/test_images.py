@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orderlab.data.batches import image_batches, read_image
+from orderlab.data.images import image_batches, read_image
 from orderlab.errors import UserError
 
 
