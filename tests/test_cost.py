@@ -13,7 +13,7 @@ GRID = (4, 4)
 
 
 def test_what_a_block_keeps_is_what_autograd_saves() -> None:
-    """Eager fp32, against the memory that goes when the graph of one more image is let go; compiled keeps less."""
+    """Between the inputs of its matrix products and a few times that; compiled keeps less, and bf16 less than fp32."""
     eager, compiled = (block_bytes(64, 4, 128, GRID, False, is_compiled) for is_compiled in (False, True))
     positions, dim, hidden = 16, 64, 128
     least = 4 * positions * (2 * dim + 3 * dim + dim + 3 * hidden)  # the inputs of its matrix products, q, k and v

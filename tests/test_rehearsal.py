@@ -51,7 +51,7 @@ sample.run(SampleConfig.model_validate_json(sys.argv[1]), sys.argv[2])
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [*TORCHRUN, "-m", "orderlab.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def paper_config(data: Path, **changes: object) -> RunConfig:
@@ -100,7 +100,7 @@ def test_rehearsal(image_tree: Path, small_vq: Path, tmp_path: Path) -> None:
     for name in ("config.json", "checkpoints"):
         (again / name).symlink_to(whole / name)
     result = subprocess.run(
-        [*TORCHRUN, str(tmp_path / "sample.py"), settings.model_dump_json(), str(again)], capture_output=True, text=True, timeout=120
+        [*TORCHRUN, str(tmp_path / "sample.py"), settings.model_dump_json(), str(again)], capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr[-2000:]
     two = sample.SampleSet(again / "samples" / one.folder.name)

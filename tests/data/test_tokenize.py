@@ -71,7 +71,7 @@ def in_process(
         : 1 if processes == 1 else 5
     ]
     command = [*launcher, str(script), settings.model_dump_json(), str(after), "SIGKILL"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def begin(settings: TokenizeConfig) -> None:

@@ -35,7 +35,7 @@ def warned_once(config: RunConfig, folder: Path) -> str:
 def test_a_warned_job_saves_and_is_queued_again(tiny_run: RunConfig, tmp_path: Path) -> None:
     whole, warned = tmp_path / "whole/a/seed0", tmp_path / "warned/a/seed0"
     run(tiny_run, whole)
-    (job,) = submit(Settings(tmp_path / "jobs", gpus=1, minutes=3), [partial(warned_once, tiny_run, warned)], is_local=True)
+    (job,) = submit(Settings(tmp_path / "jobs", gpus=1, minutes=30), [partial(warned_once, tiny_run, warned)], is_local=True)
     job.wait()
     assert job.result() == "trained"
     assert (warned / "warned").exists()
@@ -47,7 +47,9 @@ def test_a_warned_job_saves_and_is_queued_again(tiny_run: RunConfig, tmp_path: P
 
 @pytest.mark.slow
 def test_a_row_as_a_local_job_of_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["launch", "2-in100/raster-baseline", "--scale", "smoke", "--gpus", "2", "--local", "--runs", str(tmp_path), "--minutes", "4"])
+    cli.main(
+        ["launch", "2-in100/raster-baseline", "--scale", "smoke", "--gpus", "2", "--local", "--runs", str(tmp_path), "--minutes", "30"]
+    )
     assert "job " in capsys.readouterr().out
     folder = RunFolder(tmp_path / "raster-300@smoke/seed0")
     assert folder.status()["state"] == "trained"

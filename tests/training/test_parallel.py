@@ -47,7 +47,7 @@ def test_a_worker_killed_in_mid_step_costs_the_work_since_the_checkpoint(tiny_ru
     script = tmp_path / "killed.py"
     script.write_text(KILLED_IN_A_STEP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    result = subprocess.run([*command, config.model_dump_json(), str(killed)], capture_output=True, text=True, timeout=120, env=os.environ)
+    result = subprocess.run([*command, config.model_dump_json(), str(killed)], capture_output=True, text=True, timeout=240, env=os.environ)
     assert result.returncode != 0
     assert f"({-signal.SIGKILL})" in result.stderr or "SIGKILL" in result.stderr or "Signal 9" in result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("LINE")]

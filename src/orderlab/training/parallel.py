@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -44,14 +43,16 @@ def prepare(model: nn.Module, ema: AveragedModel | None, config: RunConfig, here
 
 def shard(model: Any) -> None:
     """Split each block, then the rest (embeddings, norm, head), over all processes. fp32 shards: autocast makes the products bf16."""
+    from torch.distributed.fsdp import fully_shard  # slow to import, and few runs need it
+
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
 
 
-def accumulating(forward: nn.Module, is_last: bool) -> AbstractContextManager[object]:
+def accumulating(forward: Any, is_last: bool) -> AbstractContextManager[object]:
     """Around a micro-step: gradients are exchanged at the last one only."""
-    if isinstance(forward, FSDPModule):
+    if hasattr(forward, "set_requires_gradient_sync"):  # FSDP2's mark on a module
         forward.set_requires_gradient_sync(is_last)
     elif isinstance(forward, DistributedDataParallel) and not is_last:
         return forward.no_sync()
