@@ -45,7 +45,6 @@ def test_a_warned_job_saves_and_is_queued_again(tiny_run: RunConfig, tmp_path: P
     assert_same_to_the_bit(whole, warned)
 
 
-@pytest.mark.slow
 def test_a_row_as_a_local_job_of_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(
         ["launch", "2-in100/raster-baseline", "--scale", "smoke", "--gpus", "2", "--local", "--runs", str(tmp_path), "--minutes", "30"]

@@ -51,7 +51,9 @@ def run(config: RunConfig, run_dir: str | Path, *, cache: Path | None = None, re
         objective = objective_for(config, cache or default_cache(folder), here.device)
         if not (folder.checkpoints / STATE).exists():
             load_start(objective.model, config, folder.root.parent.parent)
-        return Trainer(config, folder, objective, here, report or (lambda record: None)).train()
+        state = Trainer(config, folder, objective, here, report or (lambda record: None)).train()
+        here.barrier()  # what the first process wrote is there for all
+        return state
 
 
 def default_cache(folder: RunFolder) -> Path:
