@@ -344,7 +344,7 @@ SCALES: dict[str, Scale] = {
         Scale(
             "paper",
             "ImageNet-100 (126,689 images), LlamaGen VQ-16 codes (16×16 of 16,384), GPT-B, 300 epochs a unit: the study's own",
-            data=DataConfig(source="imagenet", tokenizer="vq-16"),
+            data=DataConfig(source="imagenet", tokenizer="vq_ds16_c2i.pt"),
             model=GPT_B,
             unit_images=300 * 126_689,
             batch=256,
@@ -365,7 +365,7 @@ SCALES: dict[str, Scale] = {
         Scale(
             "paper-1k",
             "ImageNet-1K (1,281,167 images), LlamaGen VQ-16 codes, GPT-B, 300 epochs a unit",
-            data=DataConfig(source="imagenet", tokenizer="vq-16"),
+            data=DataConfig(source="imagenet", tokenizer="vq_ds16_c2i.pt"),
             model=GPT_B.edited(classes=1000),
             unit_images=300 * 1_281_167,
             batch=256,
