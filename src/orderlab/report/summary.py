@@ -50,7 +50,7 @@ def rank_agreement(table: Table) -> RankAgreement | None:
 
 def _best(table: Table, name: str) -> Row | None:
     rows = [row for row in table.rows if name in row.metrics and math.isfinite(row.metrics[name].value)]
-    if not rows:
+    if len(rows) < 2:
         return None
     sign = 1 if lower_is_better(name) else -1
     return min(rows, key=lambda row: sign * row.metrics[name].value)
