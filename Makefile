@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint types bench clean
 
-demo: .venv/installed  ## train, generate in ten rows, score and report: under 15 minutes on 2 cores
+demo: .venv/installed  ## train, generate in ten rows, score and report
 	$(BIN)/orderlab reproduce --scale demo
 
 test: .venv/installed lint  ## lint, types, tests
