@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from orderlab.catalog import SCALES
 from orderlab.config import FixedOrder, GPTConfig, OptimConfig, OrderPolicy, RandomOrder
 from orderlab.errors import UserError
 from orderlab.models.gpt import GPT, PRESETS
@@ -29,7 +30,7 @@ from orderlab.runtime.keys import generator
 from orderlab.runtime.run import device_name
 from orderlab.training.optim import adamw
 
-MODELS = {**PRESETS, "toy": GPTConfig(layers=4, heads=4, dim=128, ffn_hidden=384, grid=(8, 8), vocabulary=512, classes=10)}
+MODELS = {**PRESETS, "toy": SCALES["toy"].model}
 
 
 def run(

@@ -13,6 +13,7 @@ again; those copies are left out.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,7 @@ MOST_PROCESSES = 1024  # that can have padded a LlamaGen folder
 Item = tuple[int, np.ndarray]
 
 
-class Source:
+class Source(ABC):
     """A foreign token folder or file: how many images it has, and (label, codes [X, P]) of each."""
 
     kind: str
@@ -38,11 +39,11 @@ class Source:
     def __init__(self, path: Path, positions: int):
         self.path, self.positions = path, positions
 
-    def count(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def count(self) -> int: ...
 
-    def items(self) -> Iterator[Item]:
-        raise NotImplementedError
+    @abstractmethod
+    def items(self) -> Iterator[Item]: ...
 
     def codes_of(self, array: Any, place: object) -> np.ndarray:
         codes = np.asarray(array)
