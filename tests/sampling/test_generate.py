@@ -55,6 +55,16 @@ def test_samplers_agree_with_the_target_embedding_and_per_sample_orders(target_m
     assert not torch.equal(cached, generate(target_model, CLASSES, orders, seeds=SEEDS, guidance=1.5, target=not target))
 
 
+@pytest.mark.parametrize("target", [True, False])
+@pytest.mark.parametrize("order_name", ORDER_NAMES)
+def test_samplers_agree_with_and_without_the_target_under_every_order(target_model: GPT, order_name: str, target: bool) -> None:
+    cached, full = (
+        generate(target_model, CLASSES, path(order_name, 4, 4), seeds=SEEDS, guidance=2.0, sampler=sampler, target=target)
+        for sampler in ("kv-cache", "full-forward")
+    )
+    assert torch.equal(cached, full)
+
+
 @pytest.mark.parametrize("order_name", ["raster", "spiral", "random"])
 def test_samplers_agree_in_fp32(fixture_model: GPT, order_name: str) -> None:
     model = copy.deepcopy(fixture_model).float()
