@@ -293,10 +293,10 @@ SCALES: dict[str, Scale] = {
         ),
         Scale(
             "demo",
-            "the embedded subset of Fashion-MNIST (10,000 images, 8×8 tokens), 96,000 images seen by a model of about 1M parameters",
+            "the embedded subset of Fashion-MNIST (10,000 images, 8×8 tokens), 72,000 images seen by a model of about 1M parameters",
             data=FASHION,
             model=ABOUT_1M.edited(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0),  # under ten epochs: it underfits
-            unit_images=96_000,
+            unit_images=72_000,
             batch=32,
             optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_images=3_200),  # the one scale that anneals its rate: minutes must do
             sample_images=1000,
