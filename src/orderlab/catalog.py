@@ -26,6 +26,7 @@ from orderlab.config import (
     SampleConfig,
     StartConfig,
 )
+from orderlab.config_tasks import AutoregressiveTask, MaskedTask, OracleTask, OracleUse, OrderHeadConfig, OrderHeadTask, Task
 from orderlab.errors import UserError
 
 
@@ -79,6 +80,9 @@ class Row:
         return self.id.split("/")[1]
 
 
+NEXT_TOKEN, VIT_B, HEAD_OF_THE_STUDY = AutoregressiveTask(), OracleTask(), OrderHeadConfig()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What is different about a training run."""
@@ -88,8 +92,18 @@ class Recipe:
     """Training length; 1 unit is 300 epochs at paper scale."""
     target_embedding: bool = False
     """Tell samples in a random order the position they predict (RAR)."""
+    target_at_inference: bool = False
+    """Tell it in sampling and likelihood too, and to the orders that an OrderHead gives."""
+    task: Task = NEXT_TOKEN
+    """What is trained; its sizes are the scale's."""
+    anneal_units: float = 0.0
+    """Units over which the temperature of an OrderHead's soft mask falls; it may outlast the run."""
+    curriculum_units: float = 0.0
+    """Units over which an OrderHead is weaned from true codebook entries."""
     start: str | None = None
-    """The run whose final weights it starts from; "pretrained" is what the scale says."""
+    """The run whose weights it starts from; "pretrained" is what the scale says."""
+    start_checkpoint: str = "final"
+    """Which of its checkpoints."""
     trained_blocks: int | None = None
     """Train the last so many blocks, the final norm and the head alone."""
     has_new_classes: bool = False
@@ -131,6 +145,9 @@ class Scale:
     """The data of that run: images that the fine-tune does not see."""
     finetune: dict[str, Any] | None = None
     """What a run that starts from `pretrained` has otherwise: sections of RunConfig."""
+    order_head: OrderHeadConfig = HEAD_OF_THE_STUDY
+    """Sizes of an OrderHead on this scale's GPT; widths and positions that the GPT and its tokens fix are taken from them."""
+    oracle: OracleTask = VIT_B
     has_ema_rows: bool = False
     """Score the moving average of the weights beside the headline rows."""
 
@@ -239,6 +256,19 @@ RECIPES: dict[str, Recipe] = {
     "rar-50-100":         Recipe(AnnealedOrder(start=0.50, end=1.00), target_embedding=True),
     "rar-75-100":         Recipe(AnnealedOrder(start=0.75, end=1.00), target_embedding=True),
     "rar-continued":      Recipe(AnnealedOrder(start=0.5, end=0.75), target_embedding=True, start="raster-300"),
+    "oracle":             Recipe(FixedOrder(order="raster"), task=OracleTask()),
+    # Section 6. 48K steps = 0.324 units, 100K = 0.676, 136K = 0.92, 20 epochs = 1/15; the study's temperature falls over 100K steps.
+    "orderhead-exp1":        Recipe(FixedOrder(order="raster"), 0.324, start="raster-300", task=OrderHeadTask(is_body_frozen=True, has_generation_loss=False, oracle=OracleUse())),
+    "orderhead-exp2":        Recipe(FixedOrder(order="raster"), 0.324, start="orderhead-exp1", task=OrderHeadTask(oracle=OracleUse()), anneal_units=0.676),
+    "orderhead-exp2-direct": Recipe(FixedOrder(order="raster"), 0.324, start="raster-300", task=OrderHeadTask(oracle=OracleUse()), anneal_units=0.676),
+    "orderhead-exp3":        Recipe(FixedOrder(order="raster"), 1.0, start="raster-300", task=OrderHeadTask(), anneal_units=0.676),
+    "orderhead-exp4":        Recipe(FixedOrder(order="raster"), 0.92, task=OrderHeadTask(raster_until=0.2, ramp_until=0.5, alignment=0.1), anneal_units=0.676, curriculum_units=0.46),
+    "orderhead-exp5":        Recipe(FixedOrder(order="raster"), 1 / 15, start="raster-300", task=OrderHeadTask(lr_scale=1.0, clip=0.1, score_penalty=0.01), anneal_units=0.0338, curriculum_units=0.0169),
+    # Ours: the study's natural next step.
+    "orderhead-on-rar150":        Recipe(FixedOrder(order="raster"), 0.324, True, True, start="rar-300", start_checkpoint="random-end", task=OrderHeadTask(is_body_frozen=True, baseline=None), anneal_units=0.324),
+    "orderhead-on-rar150-joint":  Recipe(FixedOrder(order="raster"), 0.324, True, True, start="rar-300", start_checkpoint="random-end", task=OrderHeadTask(baseline=None), anneal_units=0.324),
+    # Section 8.
+    "masked":             Recipe(RandomOrder(), task=MaskedTask()),
 }
 # fmt: on
 
@@ -269,6 +299,8 @@ UTILISATION = 0.35  # assumed of a well-compiled run, not measured
 FASHION = DataConfig(source="fashion", tokenizer="fashion-8x8", flip=False)
 TINY = GPTConfig(layers=2, heads=2, dim=32, ffn_hidden=96, grid=(8, 8), vocabulary=512, classes=10)
 ABOUT_1M = GPTConfig(layers=4, heads=4, dim=128, ffn_hidden=384, grid=(8, 8), vocabulary=512, classes=10)
+HEAD_FOR_1M = OrderHeadConfig(dim=64, layers=2, heads=4, mlp_dim=256)
+ORACLE_FOR_1M = OracleTask(layers=4, heads=4, dim=128, mlp_dim=512)
 ABOUT_10M = GPTConfig(layers=8, heads=8, dim=320, ffn_hidden=896, grid=(16, 16), vocabulary=512, classes=10)
 GPT_B = GPTConfig(layers=12, heads=12, dim=768, classes=100)
 GPT_L, GPT_XL = GPT_B.edited(layers=24, heads=16, dim=1024), GPT_B.edited(layers=36, heads=20, dim=1280)
@@ -290,6 +322,8 @@ SCALES: dict[str, Scale] = {
             sample_batch=160,
             precision="fp32",
             other_half=FASHION.edited(train_images=2000, skip_images=2000, validation_images=1000),
+            order_head=OrderHeadConfig(dim=16, layers=1, heads=2, mlp_dim=32),
+            oracle=OracleTask(layers=2, heads=2, dim=32, mlp_dim=64),
         ),
         Scale(
             "demo",
@@ -305,6 +339,8 @@ SCALES: dict[str, Scale] = {
             validate_every=24_000,
             checkpoint_every=24_000,
             other_half=FASHION.edited(train_images=5000),
+            order_head=HEAD_FOR_1M,
+            oracle=ORACLE_FOR_1M,
         ),
         Scale(
             "toy",
@@ -320,6 +356,8 @@ SCALES: dict[str, Scale] = {
             validate_every=10_000,
             checkpoint_every=5_000,
             other_half=FASHION.edited(train_images=2000, skip_images=2000),
+            order_head=HEAD_FOR_1M,
+            oracle=ORACLE_FOR_1M,
             has_ema_rows=True,
         ),
         Scale(
@@ -339,6 +377,8 @@ SCALES: dict[str, Scale] = {
             memory_tbs=0.5,
             compile=True,
             other_half=FASHION.edited(tokenizer="fashion-16x16", folder="fashion-mnist", train_images=30_000),
+            order_head=OrderHeadConfig(dim=128, layers=3, heads=4, mlp_dim=512),
+            oracle=OracleTask(layers=6, heads=6, dim=192, mlp_dim=768),
             has_ema_rows=True,
         ),
         Scale(
@@ -474,7 +514,12 @@ def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConf
         "scale": scale.name,
         "seed": seed,
         "data": data.model_dump(),
-        "model": {**scale.model.model_dump(), "target_embedding": recipe.target_embedding},
+        "model": {
+            **scale.model.model_dump(),
+            "target_embedding": recipe.target_embedding,
+            "target_at_inference": recipe.target_at_inference,
+        },
+        "task": _task(recipe, scale).model_dump(),
         "policy": recipe.policy.model_dump(),
         "optim": scale.optim.model_dump(),
         "start": _start(recipe, scale),
@@ -508,12 +553,28 @@ def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConf
         raise UserError(f"{'.'.join(map(str, first['loc'])) or 'config'}: {first['msg']} (got {first['input']!r:.60})") from None
 
 
+def _task(recipe: Recipe, scale: Scale) -> Task:
+    """A recipe's task in the sizes of a scale: first groups and clusters of a quarter of the grid, lengths in images."""
+    quarter = max(1, scale.model.positions // 4)
+    if isinstance(recipe.task, OracleTask):
+        return scale.oracle
+    if isinstance(recipe.task, OrderHeadTask):
+        return recipe.task.edited(
+            head=scale.order_head.edited(state_dim=scale.model.dim, positions=scale.model.positions),
+            first=quarter,
+            anneal_images=round(recipe.anneal_units * scale.unit_images),
+            curriculum_images=round(recipe.curriculum_units * scale.unit_images),
+            oracle=recipe.task.oracle and recipe.task.oracle.edited(cls_k=quarter),
+        )
+    return recipe.task
+
+
 def _start(recipe: Recipe, scale: Scale) -> dict[str, Any] | None:
     if recipe.start is None:
         return None
     name = scale.pretrained if recipe.start == "pretrained" else recipe.start
     place = {"run": name} if name in RECIPES else {"file": name}
-    return StartConfig(**place, class_rows="new" if recipe.has_new_classes else "keep").model_dump()
+    return StartConfig(**place, checkpoint=recipe.start_checkpoint, class_rows="new" if recipe.has_new_classes else "keep").model_dump()
 
 
 @dataclass(frozen=True)

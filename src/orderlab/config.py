@@ -7,20 +7,12 @@ seen, so that batch size and number of processes change nothing else.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from typing_extensions import Self
+from pydantic import Field, model_validator
 
-
-class Frozen(BaseModel):
-    """Immutable, closed to unknown names, self-documenting."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    def edited(self, **changes: Any) -> Self:
-        """A validated copy with changes (pydantic's own `model_copy` does not validate)."""
-        return type(self).model_validate({**self.model_dump(), **changes})
+from orderlab.config_tasks import AutoregressiveTask, OrderHeadTask, Task
+from orderlab.frozen import Frozen
 
 
 class FixedOrder(Frozen):
@@ -105,27 +97,6 @@ class GPTConfig(Frozen):
         return self
 
 
-class OrderHeadConfig(Frozen):
-    """Sizes of the OrderHead; the defaults are the study's, on GPT-B."""
-
-    state_dim: int = Field(768, ge=1)
-    """Width of the GPT states that are scored."""
-    entry_dim: int = Field(8, ge=1)
-    """Width of a codebook entry."""
-    positions: int = Field(256, ge=2)
-    dim: int = Field(256, ge=2)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(8, ge=1)
-    mlp_dim: int = Field(1024, ge=1)
-    registers: int = Field(4, ge=0)
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> OrderHeadConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} does not divide over {self.heads} heads")
-        return self
-
-
 class DataConfig(Frozen):
     """Where the tokens come from."""
 
@@ -189,6 +160,7 @@ class RunConfig(Frozen):
     seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()
     model: GPTConfig = GPTConfig()
+    task: Task = AutoregressiveTask()
     policy: OrderPolicy = FixedOrder()
     optim: OptimConfig = OptimConfig()
     start: StartConfig | None = None
@@ -233,6 +205,19 @@ class RunConfig(Frozen):
             return {}
         return {"random-end": round(self.policy.start * self.images), "anneal-end": round(self.policy.end * self.images)}
 
+    @property
+    def needs(self) -> list[str]:
+        """Recipes of the same scale and seed that must be trained before."""
+        found = [self.start.run if self.start else None]
+        if isinstance(self.task, OrderHeadTask):
+            found += [self.task.oracle.run if self.task.oracle else None, self.task.baseline]
+        return [run for run in dict.fromkeys(found) if run is not None]
+
+
+SAMPLERS = (
+    r"^(kv-cache|kv-cache-static|full-forward|fast|slow|(semifast|phases|best-of)-[1-9]\d*|unmask-(random|confidence|halton)-[1-9]\d*)$"
+)
+
 
 class SampleConfig(Frozen):
     """How a row's images are generated."""
@@ -246,11 +231,19 @@ class SampleConfig(Frozen):
     top_k: int = Field(0, ge=0)
     """Keep the k largest logits; 0 keeps all."""
     top_p: float = Field(1.0, gt=0, le=1)
-    sampler: Literal["kv-cache", "kv-cache-static", "full-forward"] = "kv-cache"
-    """One token a step; the same with fixed shapes, for CUDA graphs; or the whole prefix at each step."""
+    sampler: str = Field("kv-cache", pattern=SAMPLERS)
+    """kv-cache, kv-cache-static, full-forward; best-of-N; fast, slow, semifast-N, phases-N of an OrderHead; unmask-KIND-T."""
+    rescore: Literal["likelihood", "oracle"] = "likelihood"
+    """What chooses among candidates: their mean log-likelihood, or the oracle's probability of the true class."""
     target: bool | None = None
     """Feed the target embedding; as trained when empty."""
     labels: Literal["balanced", "iid"] = "balanced"
     batch: int = Field(250, ge=1)
     """Images generated at a time; changes nothing but speed and memory."""
     seed: int = Field(0, ge=0)
+
+    @property
+    def method(self) -> tuple[str, int]:
+        """The sampler's name without its number, and the number: ("semifast", 8); 1 where it has none."""
+        name, _, number = self.sampler.rpartition("-")
+        return (name, int(number)) if number.isdigit() else (self.sampler, 1)

@@ -121,16 +121,21 @@ def work(plan: Plan, console: Console | None = None) -> str:
 
 
 def job_plans(rows: list[Row], scale: Scale, runs: Path, seed: int, data: Path | None = None, start: Path | None = None) -> list[Plan]:
-    """The rows as plans that may run at the same time: rows that share a run, or the run theirs starts from, share a plan."""
+    """The rows as plans that may run at the same time: rows that share a run, or a run theirs needs, share a plan."""
 
-    def root(run_name: str) -> str:
-        start = resolve(run_name, scale.name, seed).start
-        return root(start.run) if start is not None and start.run is not None else run_name
+    def with_needs(run_name: str) -> set[str]:
+        return {run_name}.union(*(with_needs(needed) for needed in resolve(run_name, scale.name, seed).needs))
 
-    groups: dict[str, list[Row]] = {}
+    groups: list[tuple[set[str], list[Row]]] = []
     for row in rows:
-        groups.setdefault(root(row.run), []).append(row)
-    return [Plan(group, scale, runs, seed, data and data.absolute(), start and start.absolute()) for group in groups.values()]
+        shared, group = with_needs(row.run), [row]
+        for other in [other for other in groups if other[0] & shared]:
+            groups.remove(other)
+            shared, group = shared | other[0], other[1] + group
+        groups.append((shared, group))
+    order = {row.id: place for place, row in enumerate(rows)}
+    sorted_groups = sorted((sorted(group, key=lambda row: order[row.id]) for _, group in groups), key=lambda group: order[group[0].id])
+    return [Plan(group, scale, runs, seed, data and data.absolute(), start and start.absolute()) for group in sorted_groups]
 
 
 def dry_run(rows: list[Row], scale_name: str, seed: int) -> dict[str, Any]:
@@ -152,9 +157,9 @@ def dry_run(rows: list[Row], scale_name: str, seed: int) -> dict[str, Any]:
 
 
 def _train(run_name: str, plan: Plan, console: Console) -> str:
-    """Train a run, and first the run it starts from."""
+    """Train a run, and first the runs it needs."""
     config = plan.config(run_name)
-    if config.start and config.start.run and _train(config.start.run, plan, console) == "stopped":
+    if any(_train(needed, plan, console) == "stopped" for needed in config.needs):
         return "stopped"
     folder = run_folder(plan.runs, run_name, plan.scale, plan.seed)
     if folder.status()["state"] == "trained":

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.config import GPTConfig, OrderHeadConfig
+from orderlab.config import GPTConfig
+from orderlab.config_tasks import OrderHeadConfig
 from orderlab.errors import UserError
 from orderlab.models.gpt import GPT
 from orderlab.models.order_head import ScoredOrdering, normalise, split, temperature_at, truth_ratio_at

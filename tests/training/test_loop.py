@@ -166,17 +166,17 @@ def test_two_seeds_differ_and_one_seed_repeats(tiny_run: RunConfig, tmp_path: Pa
 def test_nan_stops_with_the_step_and_keeps_the_last_checkpoint(
     tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orderlab.training import objectives
+    from orderlab.training import autoregressive
 
     folder = tmp_path / "a/seed0"
     config = tiny_run.edited(checkpoint_every=20 * 16)
-    healthy = objectives.Autoregressive.loss
+    healthy = autoregressive.Autoregressive.loss
     calls = iter(range(10**6))
 
     def broken(self: Any, forward: Any, batch: Any) -> torch.Tensor:
         return healthy(self, forward, batch) * (float("nan") if next(calls) == 33 else 1.0)
 
-    monkeypatch.setattr(objectives.Autoregressive, "loss", broken)
+    monkeypatch.setattr(autoregressive.Autoregressive, "loss", broken)
     with pytest.raises(UserError, match="not finite at step 33") as error:
         run(config, folder)
     assert "\n" not in str(error.value)
@@ -273,7 +273,7 @@ def test_phase_ends_are_kept_and_named(tiny_run: RunConfig, tmp_path: Path) -> N
 def test_table_starts_as_nothing_and_the_raster_phase_never_reads_it(tiny_run: RunConfig, tmp_path: Path) -> None:
     """Bug 1 of the study: in the raster phase, and at inference as the study does it, the output does not depend on the table."""
     from orderlab.models.gpt import GPT
-    from orderlab.training.objectives import objective_for
+    from orderlab.training.tasks import objective_for
 
     objective = objective_for(rar(tiny_run), tmp_path, torch.device("cpu"))
     model = objective.model.eval()
@@ -296,7 +296,7 @@ def test_table_starts_as_nothing_and_the_raster_phase_never_reads_it(tiny_run: R
 
 @pytest.mark.parametrize(("when", "told"), [("random-samples", (16, 0)), ("while-ratio-positive", (16, 0)), ("always", (16, 16))])
 def test_who_is_told_the_target(tiny_run: RunConfig, tmp_path: Path, when: str, told: tuple[int, int]) -> None:
-    from orderlab.training.objectives import objective_for
+    from orderlab.training.tasks import objective_for
 
     objective = objective_for(rar(tiny_run, target_when=when), tmp_path, torch.device("cpu"))
     found = tuple(0 if (b := objective.batch(images).target_B) is None else int(b.sum()) for images in (0, 800))
@@ -314,7 +314,7 @@ def rar_of_four(config: RunConfig) -> RunConfig:
 
 def test_two_processes_equal_one_through_all_phases_of_rar(tiny_run: RunConfig, tmp_path: Path) -> None:
     """Also where all samples of one process are raster, which plain DDP stops at; the table rests in the raster phase."""
-    from orderlab.training.objectives import objective_for
+    from orderlab.training.tasks import objective_for
 
     config = rar_of_four(tiny_run)
     batches = [objective_for(config, tmp_path, torch.device("cpu")).batch(images).target_B for images in range(0, 120, 4)]

@@ -25,11 +25,11 @@ from numpy.lib.format import open_memmap
 from pydantic import Field
 from torch import Tensor
 
-from orderlab.config import Frozen
 from orderlab.data.prepare import tokenizer
 from orderlab.data.sources import BROKEN, Crops, ImageFile, class_list, list_images, open_views, read_labels
 from orderlab.data.tokens import TokenMeta, TokenSet
 from orderlab.errors import UserError
+from orderlab.frozen import Frozen
 from orderlab.models.vq import VQ, tokenizer_hash
 from orderlab.runtime.dist import World, world
 from orderlab.runtime.files import locked, read_json, write_atomically, write_json

@@ -20,9 +20,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from orderlab.config import Frozen
 from orderlab.data.npz import FAULTS
 from orderlab.errors import UserError
+from orderlab.frozen import Frozen
 from orderlab.runtime.files import read_json, write_json
 from orderlab.runtime.keys import generator
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orderlab.config import OrderHeadConfig
+from orderlab.config_tasks import OrderHeadConfig
 from orderlab.errors import UserError
 from orderlab.order.perm import highest, in_two_groups
 

@@ -20,8 +20,8 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orderlab.config import Frozen
 from orderlab.errors import UserError
+from orderlab.frozen import Frozen
 from orderlab.models.vq_blocks import AttentionBlock, Level, ResnetBlock
 from orderlab.models.weights import load_state, read_pickle, read_safetensors, save_weights, weights_hash, without_prefixes
 

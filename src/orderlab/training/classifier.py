@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.config import Frozen
 from orderlab.data.fashion import load_fashion, to_unit_range
 from orderlab.evaluate.features import FashionCNN, FashionFeatures
+from orderlab.frozen import Frozen
 from orderlab.models.weights import save_weights
 
 

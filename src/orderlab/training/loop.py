@@ -8,6 +8,7 @@ same command in the same folder goes on where it stopped, bit for bit on the sam
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,14 +26,16 @@ from orderlab.runtime.dist import World, autocast, world
 from orderlab.runtime.keys import key
 from orderlab.runtime.run import RunFolder, StopSignal
 from orderlab.training.ahead import Batches
-from orderlab.training.objectives import Objective, objective_for
+from orderlab.training.objectives import Objective
 from orderlab.training.optim import adamw, learning_rate, moving_average
-from orderlab.training.parallel import accumulating, clip, is_sharded, prepare, whole_state
+from orderlab.training.parallel import accumulating, is_sharded, prepare, whole_state
 from orderlab.training.start import load_start
+from orderlab.training.tasks import objective_for
 
 Report = Callable[[dict[str, Any]], None]
 REPORTS_PER_RUN = 200
 STATE = "state.safetensors"
+log = logging.getLogger("orderlab")
 
 
 def run(config: RunConfig, run_dir: str | Path, *, cache: Path | None = None, report: Report | None = None) -> str:
@@ -50,7 +53,7 @@ def run(config: RunConfig, run_dir: str | Path, *, cache: Path | None = None, re
         here.barrier()
         objective = objective_for(config, cache or default_cache(folder), here.device)
         if not (folder.checkpoints / STATE).exists():
-            load_start(objective.model, config, folder.root.parent.parent)
+            load_start(objective, config, folder.root.parent.parent)
         state = Trainer(config, folder, objective, here, report or (lambda record: None)).train()
         here.barrier()  # what the first process wrote is there for all
         return state
@@ -73,7 +76,7 @@ class Trainer:
         if state is not None:
             state.load_weights(self.model, self.ema)
         self.forward = prepare(self.model, self.ema, config, here)
-        self.optimizer = adamw(self.model, config.optim)
+        self.optimizer = adamw(self.model, config.optim, objective.rate_scales)
         if state is not None:
             state.load_moments(self.model, self.optimizer)
         self.images = state.images if state is not None else 0
@@ -83,7 +86,8 @@ class Trainer:
         self.micro_batch = min(micro, config.batch // here.size)
         self.loss_sum = torch.zeros((), device=here.device, dtype=torch.float64)
         self.bad_step = torch.full((), -1, device=here.device)
-        self.grad_norm = torch.zeros((), device=here.device)
+        self.grad_norms: dict[str, Tensor] = {}
+        self.step_values: list[tuple[int, dict[str, Tensor]]] = []
         self.steps_since_report, self.seconds, self.has_stepped = 0, 0.0, False
 
     def train(self) -> str:
@@ -134,14 +138,14 @@ class Trainer:
                     loss = self.objective.loss(self.forward, part) * (len(part.classes_B) / share)
                 loss.backward()
             loss_sum += loss.detach()
-        grad_norm = clip(self.model, config.optim.clip)
+        self.grad_norms = self.objective.clip()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.images)
+            group["lr"] = learning_rate(config, self.images) * group["lr_scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
-        self._note(loss_sum, grad_norm)
+        self._note(loss_sum, self.grad_norms["grad_norm"])
         self.images += config.batch
         self.seconds += time.perf_counter() - clock
 
@@ -151,7 +155,7 @@ class Trainer:
         is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         self.bad_step = torch.where(is_bad & (self.bad_step < 0), step, self.bad_step)
         self.loss_sum += loss
-        self.grad_norm = grad_norm
+        self.step_values.append((self.images + self.config.batch, self.objective.step_values()))
         self.steps_since_report += 1
         self.has_stepped = True
 
@@ -164,15 +168,31 @@ class Trainer:
                 "kind": "train",
                 "images": self.images,
                 "loss": loss,
-                "grad_norm": float(self.grad_norm),
-                "lr": self.optimizer.param_groups[0]["lr"],
+                **{name: float(norm) for name, norm in self.grad_norms.items()},
+                "lr": learning_rate(self.config, self.images - self.config.batch),
                 "seconds": self.seconds,
                 "images_per_second": steps * self.config.batch / self.seconds,
                 **self.objective.logs(self.images - self.config.batch),
             }
         )
+        self._report_steps()
         self.loss_sum.zero_()
         self.steps_since_report, self.seconds = 0, 0.0
+
+    def _report_steps(self) -> None:
+        """Records of every step since the last report, for tasks that have any, and what the task makes of them."""
+        names = list(self.step_values[0][1])
+        if names:
+            table = torch.stack([torch.stack([values[name].double() for name in names]) for _, values in self.step_values])
+            images = [step_images for step_images, _ in self.step_values]
+            steps = [dict(zip(names, row)) for row in self.here.mean(table).tolist()]
+            for step_images, values in zip(images, steps):
+                self._record({"kind": "step", "images": step_images, **values})
+            for alert in self.objective.alerts([{"images": float(at), **values} for at, values in zip(images, steps)]):
+                if self.here.is_main and alert["alert"] not in {record["alert"] for record in self.folder.records("alert")}:
+                    log.warning("%s: %s", self.folder.root, alert["message"])
+                    self._record({"kind": "alert", **alert})
+        self.step_values = []
 
     def _stop_on_nan(self) -> None:
         bad_step = int(self.bad_step)

@@ -1,150 +1,101 @@
 """What a model is trained on: a global batch as a function of images seen, its loss, and its validation.
 
-The loop knows only this protocol. Everything random about a batch (which images, which view, which orders, which labels
-are dropped) is drawn here for the whole global batch, so the number of processes and of micro-batches changes nothing.
+The loop knows only this. Everything random about a batch (which images, which view, which orders, which labels are dropped)
+is drawn here for the whole global batch, so the number of processes and of micro-batches changes nothing. Each task of
+`config.py` has a module beside this one; `tasks.py` finds it.
 """
 
-# B batch · P grid position · T generation step · V codebook
+# B batch · T generation step
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
 
-from orderlab.config import RandomOrder, RunConfig
-from orderlab.data.prepare import token_sets
+from orderlab.config import RunConfig
 from orderlab.data.tokens import TokenSet
-from orderlab.errors import UserError
-from orderlab.evaluate.likelihood import nll
-from orderlab.models.formats import save_gpt
-from orderlab.models.gpt import GPT
-from orderlab.order.perm import to_steps
-from orderlab.order.policy import draw_orders, random_ratio
-from orderlab.runtime.keys import generator, key
-from orderlab.training.start import freeze
-
-VALIDATION_BATCH = 250
+from orderlab.runtime.keys import generator
+from orderlab.training.parallel import clip
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch in step space."""
+    """Tensors with one row an image; a task adds its own."""
 
     classes_B: Tensor
-    tokens_BT: Tensor
-    order_BT: Tensor
-    target_B: Tensor | None
-    """Samples to which the target embedding is fed; None when no sample of the global batch takes it."""
 
-    def part(self, rows: slice) -> Batch:
+    def part(self, rows: slice) -> Self:
         """Some rows, where they lie."""
         return self._each(lambda values: values[rows])
 
-    def pinned(self) -> Batch:
+    def pinned(self) -> Self:
         """In page-locked memory, from which a copy to a GPU needs no waiting."""
         return self._each(lambda values: values.contiguous().pin_memory())
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Self:
         return self._each(lambda values: values.to(device, non_blocking=True))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        target_B = None if self.target_B is None else change(self.target_B)
-        return Batch(change(self.classes_B), change(self.tokens_BT), change(self.order_BT), target_B)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """What the loop asks of a training task."""
 
-    @property
-    def model(self) -> GPT: ...
+    model: nn.Module
+    rate_scales: ClassVar[Mapping[str, float]] = {}
+    """Learning rates over `optim.lr`, by the first word of a parameter's name; 1 for what is not named."""
 
-    def batch(self, images_seen: int) -> Batch: ...
+    def __init__(self, config: RunConfig, train: TokenSet, validation: TokenSet):
+        self.config, self.train, self.validation = config, train, validation
 
-    def loss(self, forward: Callable[..., Tensor], batch: Batch) -> Tensor: ...
-
-    def validate(self) -> dict[str, float]: ...
-
-    def logs(self, images_seen: int) -> dict[str, float]: ...
-
-    def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None: ...
-
-
-def objective_for(config: RunConfig, cache: Path, device: torch.device) -> Objective:
-    """The objective of a config, its model freshly initialised on `device` and frozen where the config says."""
-    train, validation = token_sets(config.data, config.model.grid, cache)
-    for token_set in (train, validation):
-        if token_set.meta.vocabulary > config.model.vocabulary or token_set.meta.classes > config.model.classes:
-            raise UserError(
-                f"{token_set.folder} has {token_set.meta.vocabulary} codes and {token_set.meta.classes} classes; "
-                f"the model of scale {config.scale} takes {config.model.vocabulary} and {config.model.classes}"
-            )
-    model = GPT(config.model, seed=key("weights", config.seed)).to(device)
-    freeze(model, config.trained_blocks)
-    return Autoregressive(config, model, train, validation)
-
-
-class Autoregressive:
-    """Next-token cross-entropy in the order the policy draws: mean over images and all P tokens (LlamaGen)."""
-
-    def __init__(self, config: RunConfig, model: GPT, train: TokenSet, validation: TokenSet):
-        self.config, self.model, self.train, self.validation = config, model, train, validation
-
+    @abstractmethod
     def batch(self, images_seen: int) -> Batch:
-        config = self.config
-        classes_B, tokens_BP = self.train.batch(config.seed, images_seen, config.batch)
-        progress = images_seen / config.images
-        keyed = generator("order", config.seed, images_seen)
-        order_BT, is_random_B = draw_orders(config.policy, config.model.grid, config.batch, progress, keyed)
-        dropped_B = torch.rand(config.batch, generator=generator("label", config.seed, images_seen)) < config.class_dropout
-        return Batch(
-            classes_B=classes_B.masked_fill(dropped_B, config.model.classes),
-            tokens_BT=to_steps(tokens_BP, order_BT),
-            order_BT=order_BT,
-            target_B=self._told(is_random_B, random_ratio(config.policy, progress)),
-        )
+        """The global batch that follows `images_seen`, on the CPU."""
 
-    def _told(self, is_random_B: Tensor, ratio: float) -> Tensor | None:
-        """The samples that are told their target's position; None when none of the global batch is.
+    @abstractmethod
+    def loss(self, forward: Callable[..., Any], batch: Any) -> Tensor:
+        """The loss of some rows of it: a mean over images, so that parts add up. `forward` is the model, maybe wrapped."""
 
-        NOTE: None keeps the table out of the graph: it gets no gradient, so AdamW neither moves nor decays it.
-        """
-        when = self.config.target_when
-        told_B = is_random_B if when == "random-samples" else torch.full_like(is_random_B, when == "always" or ratio > 0)
-        return told_B if self.config.model.target_embedding and bool(told_B.any()) else None
-
-    def loss(self, forward: Callable[..., Tensor], batch: Batch) -> Tensor:
-        target = False if batch.target_B is None else batch.target_B
-        logits_BTV = forward(batch.classes_B, batch.tokens_BT, batch.order_BT, target=target)
-        return F.cross_entropy(logits_BTV.flatten(0, 1), batch.tokens_BT.flatten())
-
+    @abstractmethod
     def validate(self) -> dict[str, float]:
-        """NLL per token without dropout, on the validation images and on as many training images, in the orders the run ends in."""
-        return {"validation_nll": self._nll(self.validation), "train_nll": self._nll(self.train)}
+        """What is measured now and then, without dropout."""
 
-    def _nll(self, token_set: TokenSet) -> float:
-        """A run that ends in random orders is measured in one per image, the target told as in training."""
-        policy, grid = self.config.policy, self.config.model.grid
-        device = next(self.model.parameters()).device
-        is_told = isinstance(policy, RandomOrder) and self.config.model.target_embedding
-        total, count = 0.0, min(len(token_set), len(self.validation))
-        for start in range(0, count, VALIDATION_BATCH):
-            indices = np.arange(start, min(start + VALIDATION_BATCH, count))
-            classes_B, tokens_BP = token_set.read(indices)
-            order_BT, _ = draw_orders(policy, grid, len(indices), 1.0, generator("validation-order", start))
-            total += float(nll(self.model, classes_B.to(device), tokens_BP.to(device), order_BT, target=is_told).double().sum())
-        return total / (count * self.config.model.positions)
+    @abstractmethod
+    def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
+        """Write the weights (or `state` in their place) as a checkpoint."""
+
+    def load_start(self, tensors: dict[str, Tensor], file: Path) -> None:
+        """Take the weights of the checkpoint a run starts from."""
+        raise NotImplementedError(f"task {self.config.task.kind} starts from fresh weights")
+
+    def clip(self) -> dict[str, Tensor]:
+        """Clip the gradients; returns the norms before, on the device."""
+        return {"grad_norm": clip(self.model, self.config.optim.clip)}
 
     def logs(self, images_seen: int) -> dict[str, float]:
         """What belongs beside the loss in the record of a step."""
-        return {"random_ratio": random_ratio(self.config.policy, images_seen / self.config.images)}
+        return {}
 
-    def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
-        """Write the weights (or `state` in their place) as a checkpoint that `load_gpt` reads."""
-        save_gpt(self.model, file, state=state, header=header)
+    def step_values(self) -> dict[str, Tensor]:
+        """What is logged of every step, on the device; asked for after `loss` and `clip`."""
+        return {}
+
+    def alerts(self, steps: list[dict[str, float]]) -> list[dict[str, Any]]:
+        """Records to write, once each, given the values of the steps since the last report."""
+        return []
+
+    def dropped_classes(self, images_seen: int) -> tuple[Tensor, Tensor]:
+        """The images that follow: classes with the null class where a label is dropped [B], tokens [B, P] in grid space."""
+        config = self.config
+        classes_B, tokens_BP = self.train.batch(config.seed, images_seen, config.batch)
+        dropped_B = torch.rand(config.batch, generator=generator("label", config.seed, images_seen)) < config.class_dropout
+        return classes_B.masked_fill(dropped_B, config.model.classes), tokens_BP

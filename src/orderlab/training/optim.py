@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,26 @@ from orderlab.config import OptimConfig, RunConfig
 from orderlab.training.parallel import local
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """LlamaGen's two groups: tensors of two or more dimensions decay (embeddings and head included), norms do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+def adamw(model: nn.Module, config: OptimConfig, rate_scales: Mapping[str, float] = MappingProxyType({})) -> torch.optim.AdamW:
+    """LlamaGen's two groups: tensors of two or more dimensions decay (embeddings and head included), norms do not.
+
+    `rate_scales` gives parts of the model, by the first word of their parameters' names, groups of their own with a learning
+    rate in this proportion ("lr_scale" of a group).
+    """
+    groups: dict[tuple[float, bool], list[Tensor]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = rate_scales.get(name.split(".")[0], 1.0)
+            groups.setdefault((scale, parameter.dim() >= 2), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": scale}
+            for (scale, decays), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        fused=True,
+    )
 
 
 def learning_rate(config: RunConfig, images: int) -> float:

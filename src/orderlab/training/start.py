@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from orderlab.config import RunConfig, StartConfig
 from orderlab.errors import UserError
 from orderlab.models.formats import read_weights
 from orderlab.models.gpt import GPT
 from orderlab.models.weights import load_state
 from orderlab.runtime.run import RunFolder
+from orderlab.training.objectives import Objective
 
 CLASS_ROWS, TARGET_ROWS = "cls_embedding.embedding_table.weight", "ta_embedding.weight"
 
@@ -37,13 +40,17 @@ def start_file(start: StartConfig, config: RunConfig, runs: Path) -> Path:
     return file
 
 
-def load_start(model: GPT, config: RunConfig, runs: Path) -> None:
-    """Put the starting weights into a fresh model. What the file cannot know stays fresh: the target table, new class rows."""
-    if config.start is None:
-        return
-    file = start_file(config.start, config, runs)
-    tensors, fresh = read_weights(file).tensors, model.state_dict()
-    if config.start.class_rows == "new":
+def load_start(objective: Objective, config: RunConfig, runs: Path) -> None:
+    """Put the starting weights into a fresh model, where the config names any."""
+    if config.start is not None:
+        file = start_file(config.start, config, runs)
+        objective.load_start(read_weights(file).tensors, file)
+
+
+def load_gpt_start(model: GPT, tensors: dict[str, Tensor], config: RunConfig, file: Path) -> None:
+    """A GPT's starting weights. What the file cannot know stays fresh: the target table, new class rows."""
+    fresh = model.state_dict()
+    if config.start is not None and config.start.class_rows == "new":
         tensors[CLASS_ROWS] = fresh[CLASS_ROWS].clone()
     if config.model.target_embedding:
         tensors.setdefault(TARGET_ROWS, fresh[TARGET_ROWS].clone())

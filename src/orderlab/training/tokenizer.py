@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.config import Frozen
 from orderlab.data.fashion import load_fashion, to_unit_range
+from orderlab.frozen import Frozen
 from orderlab.models.vq import PRESETS, VQ, save_vq, tokenizer_hash
 
 

@@ -1,0 +1,18 @@
+"""The base of every config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from typing_extensions import Self
+
+
+class Frozen(BaseModel):
+    """Immutable, closed to unknown names, self-documenting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def edited(self, **changes: Any) -> Self:
+        """A validated copy with changes (pydantic's own `model_copy` does not validate)."""
+        return type(self).model_validate({**self.model_dump(), **changes})
