@@ -16,7 +16,7 @@ FLOORS = [
     {"sampling", "data"},
     {"evaluate", "report"},
     {"training"},
-    {"reproduce", "cost", "cost_memory", "cost_tables", "hub", "bench", "results"},
+    {"reproduce", "cost", "cost_memory", "cost_tables", "cost_tasks", "hub", "bench", "results"},
     {"verbs"},
     {"cli", "__init__"},
 ]

@@ -125,6 +125,8 @@ class Scale:
     optim: OptimConfig
     sample_images: int
     sample_batch: int
+    slow_images: int | None = None
+    """Images of a row that is sampled by the full forward: fewer, where that would be most of the time."""
     precision: str = "bf16"
     validate_every: int = 0
     checkpoint_every: int = 0
@@ -161,6 +163,8 @@ TABLES = {
     "5-fair": "RAR against raster at equal budget (IN-100)",
     "5-ablation": "RAR's ablations and longer schedule (IN-100)",
     "5-in1k": "RAR on ImageNet-1K",
+    "6-orderhead": "A learned order: the OrderHead's experiments, semifast-8 (IN-100)",
+    "ours-orderhead": "Ours: what best-of-8 alone does, other samplers, and an OrderHead on an order-agnostic body",
     "ours-finetune": "Ours: the pretrained model as it is, and with new class rows",
     "ours-schedule": "Ours: other shares of random, anneal and raster; RAR from a raster model",
     "ours-target": "Ours: the target embedding fed at inference too",
@@ -211,6 +215,27 @@ ROWS: tuple[Row, ...] = (
     Row("5-ablation/random-no-target-embedding",            "IN-100", "random-v1",        "raster",   Source(159.41, 115.89)),
     Row("5-in1k/raster-300",                "IN-1K",  "raster-300", "raster",  Source(5.32)),
     Row("5-in1k/rar-300",                   "IN-1K",  "rar-300",    "raster",  Source(), note="the study's run had not ended"),
+    # Section 6: an OrderHead's order, eight candidates and the likeliest kept.
+    Row("6-orderhead/exp1-frozen-gpt-oracle", "IN-100", "orderhead-exp1",        "learned", Source(155.58, 113.12), sampler="semifast-8", note="the study's score_std is 1.6"),
+    Row("6-orderhead/exp2-joint-from-exp1",   "IN-100", "orderhead-exp2",        "learned", Source(146.51, loss=7.50), sampler="semifast-8"),
+    Row("6-orderhead/exp2-joint-direct",      "IN-100", "orderhead-exp2-direct", "learned", Source(140.89, loss=7.42), sampler="semifast-8"),
+    Row("6-orderhead/exp3-ste-finetune",      "IN-100", "orderhead-exp3",        "learned", Source(70.63, 84.17, None, 0.291, 0.662, loss=7.33), sampler="semifast-8", note="the study's score_std is 14 to 17"),
+    Row("6-orderhead/exp4-from-scratch",      "IN-100", "orderhead-exp4",        "learned", Source(147.92, 131.82, None, 0.121, 0.200, loss=7.67), sampler="semifast-8", note="the study's score_std is 0.46"),
+    Row("6-orderhead/exp5-short-finetune",    "IN-100", "orderhead-exp5",        "learned", Source(136.47, loss=7.63), sampler="semifast-8", note="the study's score_std is 0.04"),
+    # Ours: controls, since choosing among eight images alone changes a distance; other samplers; the study's natural next step.
+    Row("ours-orderhead/raster-best-of-8",          "IN-100", "raster-300",     "raster",   Source(), sampler="best-of-8"),
+    Row("ours-orderhead/random-best-of-8",          "IN-100", "raster-300",     "shuffled", Source(), sampler="best-of-8"),
+    Row("ours-orderhead/exp3-raster",               "IN-100", "orderhead-exp3", "raster",   Source(), note="the body of Experiment 3 in raster"),
+    Row("ours-orderhead/exp3-random",               "IN-100", "orderhead-exp3", "random:0", Source(), note="the body of Experiment 3 in a random order"),
+    Row("ours-orderhead/exp3-fast",                 "IN-100", "orderhead-exp3", "learned",  Source(), sampler="fast"),
+    Row("ours-orderhead/exp3-phases-8",             "IN-100", "orderhead-exp3", "learned",  Source(), sampler="phases-8"),
+    Row("ours-orderhead/exp3-slow",                 "IN-100", "orderhead-exp3", "learned",  Source(), sampler="slow"),
+    Row("ours-orderhead/on-rar150-frozen",          "IN-100", "orderhead-on-rar150",       "learned",  Source(), sampler="semifast-8"),
+    Row("ours-orderhead/on-rar150-frozen-fast",     "IN-100", "orderhead-on-rar150",       "learned",  Source(), sampler="fast"),
+    Row("ours-orderhead/on-rar150-joint",           "IN-100", "orderhead-on-rar150-joint", "learned",  Source(), sampler="semifast-8"),
+    Row("ours-orderhead/on-rar150-joint-fast",      "IN-100", "orderhead-on-rar150-joint", "learned",  Source(), sampler="fast"),
+    Row("ours-orderhead/rar150-raster-best-of-8",   "IN-100", "rar-300", "raster",   Source(), checkpoint="random-end", target=True, sampler="best-of-8"),
+    Row("ours-orderhead/rar150-random-best-of-8",   "IN-100", "rar-300", "shuffled", Source(), checkpoint="random-end", target=True, sampler="best-of-8"),
     # Ours: what the fine-tunes start from, and whether new class rows explain the study's 98.62.
     Row("ours-finetune/c2i-0-epochs",               "IN-100", "pretrained",                   "raster", Source()),
     Row("ours-finetune/last-1-block-new-classes",   "IN-100", "finetune-last-1-new-classes",  "raster", Source()),
@@ -328,13 +353,14 @@ SCALES: dict[str, Scale] = {
         Scale(
             "demo",
             "the embedded subset of Fashion-MNIST (10,000 images, 8×8 tokens), 72,000 images seen by a model of about 1M parameters",
-            data=FASHION,
+            data=FASHION.edited(validation_images=2500),  # half of them: likelihoods in half the time
             model=ABOUT_1M.edited(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0),  # under ten epochs: it underfits
             unit_images=72_000,
             batch=32,
             optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_images=3_200),  # the one scale that anneals its rate: minutes must do
             sample_images=1000,
             sample_batch=250,
+            slow_images=250,
             precision="fp32",  # faster than autocast at this size on a CPU
             validate_every=24_000,
             checkpoint_every=24_000,
@@ -352,6 +378,7 @@ SCALES: dict[str, Scale] = {
             optim=OptimConfig(lr=1e-3),
             sample_images=1000,
             sample_batch=250,
+            slow_images=250,
             precision="fp32",
             validate_every=10_000,
             checkpoint_every=5_000,
@@ -605,7 +632,7 @@ def sample_config(row: Row, scale: Scale, seed: int = 0) -> SampleConfig:
     return SampleConfig.model_validate(
         {
             "order": row.order,
-            "images": scale.sample_images,
+            "images": scale.slow_images or scale.sample_images if row.sampler == "full-forward" else scale.sample_images,
             "batch": scale.sample_batch,
             "sampler": row.sampler,
             "target": row.target,

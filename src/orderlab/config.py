@@ -219,6 +219,11 @@ SAMPLERS = (
 )
 
 
+LEARNED, SHUFFLED, PARALLEL = "learned", "shuffled", "parallel"
+PATHLESS = (LEARNED, SHUFFLED, PARALLEL)
+"""Orders that are no path: an OrderHead's, a fresh random one for each image, and a masked model's sets of tokens."""
+
+
 class SampleConfig(Frozen):
     """How a row's images are generated."""
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from orderlab import cost_tasks
 from orderlab.catalog import H100_TFLOPS, SOURCE_HOURS, Scale
-from orderlab.config import GPTConfig, RunConfig, SampleConfig
+from orderlab.config import LEARNED, GPTConfig, RunConfig, SampleConfig
 from orderlab.cost_memory import block_bytes, head_bytes
 from orderlab.models.gpt import GPT
 
@@ -40,7 +41,7 @@ def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool) -> f
     pass needs of each block, embedding and head; the gradient of the logits.
     """
     model, is_bf16 = config.model, config.precision == "bf16"
-    parameters = GPT(model, device="meta").parameter_count()
+    parameters = cost_tasks.parameters(config)
     copies = 4 + bool(config.optim.ema)
     logits = model.positions * model.vocabulary * (6 if is_bf16 else 4)
     image = model.layers * block_bytes(model.dim, model.heads, model.ffn_dim, model.grid, is_bf16, is_compiled)
@@ -50,8 +51,8 @@ def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool) -> f
 
 def training_cost(config: RunConfig, scale: Scale) -> dict[str, Any]:
     """Parameters, steps, FLOPs, memory of one device, disk and hours of one training run."""
-    parameters = GPT(config.model, device="meta").parameter_count()
-    flops = 3 * forward_flops(config.model, config.model.positions) * config.images
+    parameters = cost_tasks.parameters(config)
+    flops = cost_tasks.training_flops(config, forward_flops(config.model, config.model.positions)) * config.images
     share = -(-config.batch // scale.gpus)
     micro = min(config.micro_batch or share, share)
     memory = {"memory_gib": training_memory(config, micro, config.compile) / GIB}
@@ -105,12 +106,14 @@ def sampling_flops(model: GPTConfig, config: SampleConfig) -> float:
         b = (last - positions * first) / (positions * (positions - 1))
         a = first - b
         per_row = a * positions * (positions + 1) / 2 + b * positions * (positions + 1) * (2 * positions + 1) / 6 + head * positions
-    return per_row * rows * config.images
+    made, beside = cost_tasks.images_made(config), cost_tasks.passes_beside(config, positions)
+    return (per_row * rows * made + whole * beside) * config.images
 
 
 def sampling_cost(model: GPTConfig, config: SampleConfig, scale: Scale) -> dict[str, Any]:
     """Steps, FLOPs, cache memory, disk and hours of one sample set."""
-    rows = config.batch * (2 if config.guidance > 1 else 1)
+    candidates = max(1, cost_tasks.images_made(config) - (config.order == LEARNED))
+    rows = config.batch * (2 if config.guidance > 1 else 1) * candidates
     cache = 2 * rows * model.layers * model.dim * model.positions * 4
     flops = sampling_flops(model, config)
     batches = -(-config.images // config.batch)

@@ -62,8 +62,8 @@ class Plan:
             found = set(read_json(folder.scores)) if folder.scores.exists() else set()
         else:
             found = {file.parent.name for file in folder.samples.glob("*/sample.json")}
-        key = likelihood.result_key(row.order, row.checkpoint, row.target)
-        return names <= found and key in read_json(folder.root / "nll.json")
+        keys = {likelihood.result_key(order, row.checkpoint, row.target) for order in row.likelihood_orders}
+        return names <= found and keys <= set(read_json(folder.root / "nll.json"))
 
 
 def run(plan: Plan, console: Console | None = None) -> Path | None:
@@ -179,7 +179,7 @@ def _carry_out(row: Row, plan: Plan, console: Console, title: str) -> None:
     for out in _sample(row, plan, console, title):
         if plan.is_scored_here:
             score.run(folder.root, samples=[out.name])
-    likelihood.run(folder.root, [row.order], checkpoint=row.checkpoint, target=row.target)
+    likelihood.run(folder.root, row.likelihood_orders, checkpoint=row.checkpoint, target=row.target)
     console.say(_line(row, plan))
 
 
@@ -193,7 +193,7 @@ def _sample(row: Row, plan: Plan, console: Console, title: str) -> Iterator[Path
 
 def _line(row: Row, plan: Plan) -> str:
     folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
-    key = likelihood.result_key(row.order, row.checkpoint, row.target)
+    key = likelihood.result_key(row.likelihood_orders[0], row.checkpoint, row.target)
     nll = read_json(folder.root / "nll.json")[key]["nll_per_token"]
     paper = f"{row.source.fid:g}" if row.source.fid is not None else ""
     if not plan.is_scored_here:

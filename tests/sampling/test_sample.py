@@ -92,8 +92,8 @@ def test_a_killed_set_goes_on_from_its_finished_batches(run_dir: Path) -> None:
     with pytest.raises(Killed):
         sample.run(config, run_dir, progress=stop)
     out = run_dir / "samples" / sample.sample_name(config)
-    assert sorted(p.name for p in out.glob("part-*")) == ["part-000000.npy", "part-000001.npy"]
-    kept = np.load(out / "part-000001.npy")
+    assert sorted(p.name for p in out.glob("part-*")) == ["part-000000.npz", "part-000001.npz"]
+    kept = np.load(out / "part-000001.npz")["tokens"]
     finished = sample.SampleSet(sample.run(config, run_dir))
     np.testing.assert_array_equal(finished.tokens_NP[10:20], kept)
     assert len(finished.tokens_NP) == 23

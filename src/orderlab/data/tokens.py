@@ -68,7 +68,11 @@ class TokenSet:
         return torch.from_numpy(labels_B if self.class_rows is None else self.class_rows[labels_B]), tokens_BP
 
     def batch(self, seed: int, images_seen: int, count: int) -> tuple[Tensor, Tensor]:
-        """The global batch that follows `images_seen`: each epoch is one permutation, each draw takes one random view."""
+        """(labels_B, tokens_BP) of the global batch that follows `images_seen`."""
+        return self.read(*self.draw(seed, images_seen, count))
+
+    def draw(self, seed: int, images_seen: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(images, views) of that batch: each epoch is one permutation, each draw takes one random view."""
         places = np.arange(images_seen, images_seen + count)
         epochs, offsets = np.divmod(places, len(self))
         indices = np.empty(count, dtype=np.int64)
@@ -76,7 +80,7 @@ class TokenSet:
             here = epochs == epoch
             indices[here] = _epoch_permutation(seed, int(epoch), len(self))[offsets[here]]
         views = torch.randint(len(self.meta.views), (count,), generator=generator("view", seed, images_seen))
-        return self.read(indices, views.numpy())
+        return indices, views.numpy()
 
 
 @lru_cache(maxsize=3)

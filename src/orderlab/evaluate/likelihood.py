@@ -15,20 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from orderlab.config import LEARNED, PATHLESS, GPTConfig
 from orderlab.data.prepare import token_sets
 from orderlab.data.tokens import TokenSet
 from orderlab.errors import UserError
-from orderlab.models.formats import load_gpt
 from orderlab.models.gpt import GPT
+from orderlab.models.ordered_gpt import OrderedGPT
 from orderlab.order.paths import parse_order_name, path
-from orderlab.order.perm import as_batch, to_grid, to_steps
+from orderlab.order.perm import as_batch, highest, in_two_groups, to_grid, to_steps
 from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.keys import key
 from orderlab.runtime.run import RunFolder
+from orderlab.sampling.methods import load_model
+from orderlab.sampling.semifast import draft
 
 BATCH = 250
+DRAFT_GUIDANCE = 2.0  # as the catalogue samples
 
 
 @torch.inference_mode()
@@ -71,7 +76,7 @@ def run(run_dir: str | Path, orders: Sequence[str], *, checkpoint: str = "final"
     results: dict[str, dict[str, Any]] = read_json(file) if file.exists() else {}
     keys = {name: result_key(name, checkpoint, target) for name in names}
     if any(key not in results for key in keys.values()):
-        model = load_gpt(folder.checkpoints / f"{checkpoint}.safetensors")
+        model = load_model(folder.checkpoints / f"{checkpoint}.safetensors")
         _, validation = token_sets(config.data, config.model.grid, folder.root.parent.parent / "tokens")
         for name, key in keys.items():
             if key not in results:
@@ -80,26 +85,50 @@ def run(run_dir: str | Path, orders: Sequence[str], *, checkpoint: str = "final"
     return {name: results[key] for name, key in keys.items()}
 
 
-def measure(model: GPT, token_set: TokenSet, order_name: str, *, target: bool | None = None) -> dict[str, Any]:
-    """Validation NLL of one order over a whole token set (its first view)."""
-    order = path(order_name, *model.config.grid)
-    device = model.norm.weight.device
-    parts = []
+def measure(model: nn.Module, token_set: TokenSet, order_name: str, *, target: bool | None = None) -> dict[str, Any]:
+    """Validation NLL of one order over a whole token set (its first view).
+
+    "learned" takes each image in the order an OrderHead gives to an independent draft of its class, so that the order tells
+    nothing of the image: exact for the orders drawn, and on average above -log p of the mixture over drafts (Jensen).
+    """
+    gpt = model.gpt if isinstance(model, OrderedGPT) else model
+    if not isinstance(gpt, GPT):
+        raise UserError(f"a {type(model).__name__} has no likelihood in order '{order_name}'")
+    target = model.target if isinstance(model, OrderedGPT) and target is None else target
+    device = gpt.norm.weight.device
+    by_position, by_step = [], []
     for start in range(0, len(token_set), BATCH):
-        classes_B, tokens_BP = token_set.read(np.arange(start, min(start + BATCH, len(token_set))))
-        parts.append(nll(model, classes_B.to(device), tokens_BP.to(device), order, target=target).double().cpu())
-    nll_NP = torch.cat(parts)
+        indices = np.arange(start, min(start + BATCH, len(token_set)))
+        classes_B, tokens_BP = token_set.read(indices)
+        order_BT = as_batch(_orders(model, order_name, classes_B, indices), len(indices), gpt.config.positions)
+        nll_BP = nll(gpt, classes_B.to(device), tokens_BP.to(device), order_BT.to(device), target=target).double().cpu()
+        by_position.append(nll_BP)
+        by_step.append(to_steps(nll_BP, order_BT))
+    nll_NP = torch.cat(by_position)
     per_image_N = nll_NP.mean(1)
-    per_position_P = nll_NP.mean(0)
     return {
         "nll_per_token": float(per_image_N.mean()),
         "standard_error": float(per_image_N.std() / len(per_image_N) ** 0.5),
         "bits_per_image": float(nll_NP.sum(1).mean() / math.log(2)),
         "images": len(nll_NP),
-        "uniform_nll": math.log(model.config.vocabulary),
-        "per_step": per_position_P[order].tolist(),
-        "per_position": per_position_P.tolist(),
+        "uniform_nll": math.log(gpt.config.vocabulary),
+        "per_step": torch.cat(by_step).mean(0).tolist(),
+        "per_position": nll_NP.mean(0).tolist(),
     }
+
+
+def _orders(model: nn.Module, name: str, classes_B: Tensor, indices: np.ndarray) -> Tensor:
+    """The path of that name [P], or the orders [B, P] that an OrderHead gives to drafts of these classes."""
+    if name != LEARNED:
+        config: GPTConfig = model.config  # pyrefly: ignore[bad-assignment]
+        return torch.as_tensor(path(name, *config.grid))
+    if not isinstance(model, OrderedGPT):
+        raise UserError(
+            f"order {LEARNED} needs a GPT with an OrderHead; this checkpoint holds a {type(model).__name__}: name a path instead"
+        )
+    seeds = [key("likelihood-draft", int(index)) for index in indices]
+    _, scores_BP = draft(model, classes_B, seeds, {"guidance": DRAFT_GUIDANCE})
+    return in_two_groups(highest(scores_BP, model.task.first))
 
 
 def result_key(order: str, checkpoint: str, target: bool | None) -> str:
@@ -110,5 +139,7 @@ def result_key(order: str, checkpoint: str, target: bool | None) -> str:
 
 def normalised(order: str) -> str:
     """The order's one name: "random" is "random:0"."""
+    if order in PATHLESS:
+        return order
     base, seed = parse_order_name(order)
     return f"random:{seed}" if base == "random" else base

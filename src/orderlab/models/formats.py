@@ -18,11 +18,18 @@ from torch import Tensor
 
 from orderlab.config import GPTConfig
 from orderlab.errors import UserError
+from orderlab.frozen import Frozen
 from orderlab.models.gpt import GPT, PRESETS
 from orderlab.models.weights import load_state, read_pickle, read_safetensors, save_weights, without_prefixes
 from orderlab.order.perm import as_batch, rows_at
 
 WRAPPER_KEYS = ("model", "module", "state_dict")  # DDP, DeepSpeed, Lightning; else the file is the state dict (FSDP)
+KINDS = {
+    "gpt": "a causal GPT",
+    "ordered-gpt": "a causal GPT with an OrderHead",
+    "masked": "a masked bidirectional model",
+    "oracle": "an oracle classifier",
+}
 log = logging.getLogger("orderlab")
 
 
@@ -62,6 +69,7 @@ def load_gpt(file: str | Path, *, heads: int | None = None, grid: tuple[int, int
     (the 384-pixel models share their shapes with the 256-pixel ones). Raises `UserError` for a file that does not fit.
     """
     weights = read_weights(file)
+    check_kind(weights, "gpt", file)
     if weights.dropped:
         log.info("%s: dropped %d entries that are no weights (%s, ...)", file, len(weights.dropped), weights.dropped[0])
     config = _config_from_header(weights, file) or _config_from_shapes(weights, file, heads, grid)
@@ -132,6 +140,25 @@ LLAMAGEN_DROPOUTS = {"token_dropout": "token_dropout_p", "residual_dropout": "re
 
 def save_gpt(model: GPT, file: str | Path, *, state: dict[str, Tensor] | None = None, header: Mapping[str, object] | None = None) -> None:
     """Write weights (of the model, or `state` in its place) and config as safetensors, atomically."""
-    metadata = {"orderlab.model": model.config.model_dump_json()}
-    metadata |= {f"orderlab.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in (header or {}).items()}
-    save_weights(file, state or model.state_dict(), metadata)
+    save_checkpoint(file, "gpt", state or model.state_dict(), {"model": model.config}, header or {})
+
+
+def save_checkpoint(
+    file: str | Path, kind: str, state: Mapping[str, Tensor], configs: Mapping[str, Frozen], header: Mapping[str, object]
+) -> None:
+    """Write a model of any kind: what it is, its configs by name, and a free header of strings or what JSON can hold."""
+    metadata = {"orderlab.kind": kind} | {f"orderlab.{name}": config.model_dump_json() for name, config in configs.items()}
+    metadata |= {f"orderlab.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
+    save_weights(file, state, metadata)
+
+
+def kind_of(weights: WeightFile) -> str:
+    """What a checkpoint holds, one of `KINDS`; files without a word about it are LlamaGen's GPTs or early ones of ours."""
+    return weights.header.get("orderlab.kind", "gpt")
+
+
+def check_kind(weights: WeightFile, kind: str, file: str | Path) -> None:
+    """Raises `UserError` where a checkpoint holds another kind of model."""
+    found = kind_of(weights)
+    if found != kind:
+        raise UserError(f"checkpoint {file} holds {KINDS.get(found, f'an unknown model ({found})')}; expected {KINDS[kind]}")

@@ -54,6 +54,19 @@ def in_two_groups(is_first_BP: Tensor) -> Tensor:
     return (~is_first_BP).to(torch.uint8).argsort(dim=1, stable=True)
 
 
+def remaining_by_score(order_BT: Tensor, start: int, stop: int, scores_BP: Tensor) -> Tensor:
+    """The same order up to step `start`; steps `start` to `stop` take the highest-scored of what is left, the rest follows.
+
+    Both parts are in raster order; ties go to the lower position.
+    """
+    done_BP = rank(order_BT) < start
+    next_BP = highest(scores_BP.masked_fill(done_BP, -torch.inf), stop - start)
+    group_BP = (~next_BP).to(torch.int64) + 1  # 1 next, 2 later
+    group_BP = group_BP.masked_fill(done_BP, 0)
+    tail_BT = group_BP.argsort(dim=1, stable=True)[:, start:]
+    return torch.cat([order_BT[:, :start], tail_BT], dim=1)
+
+
 def as_batch(order: Tensor, batch: int, positions: int) -> Tensor:
     """Check an order [P] or [B, P] and expand it to [batch, P].
 

@@ -104,6 +104,7 @@ def _pictures(data: ReportData, sections: list[Section]) -> list[tuple[str, Figu
     named += [(f"loss-{slug(run.name)}.png", figures.losses(run, limits)) for run in data.runs]
     named += [("orders.png", figures.rank_maps(data.orders))] if data.orders else []
     named += [("coverage.png", figures.coverage(data.coverage))] if data.coverage else []
+    named += [(f"{picture.name}.png", picture.drawing) for gallery in data.galleries for picture in gallery.pictures]
     if data.playback is not None:
         named += [(f"film-{i + 1:02d}.png", film) for i, film in enumerate(images.film(data.playback))]
     return [(name, picture) for name, picture in named if picture is not None]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from orderlab.catalog import TABLES, Row, Scale, Variant, resolve, row_note, sample_config, shortest_names, variants
-from orderlab.config import AnnealedOrder, RunConfig, SampleConfig
+from orderlab.config import PATHLESS, AnnealedOrder, RunConfig, SampleConfig
 from orderlab.data.fashion import CLASSES
 from orderlab.data.prepare import decode, tokenizer
 from orderlab.errors import UserError
@@ -35,6 +35,7 @@ from orderlab.report.data import (
 )
 from orderlab.report.data import Row as ReportRow
 from orderlab.report.images import png_bytes, sample_grid
+from orderlab.report.learned import gallery
 from orderlab.runtime.files import read_json, write_atomically
 from orderlab.runtime.run import RunFolder, code_version, device_name
 from orderlab.sampling.sample import SampleSet, sample_name
@@ -53,7 +54,8 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
     configs = {run: resolve(run, scale.name, seed) for run in dict.fromkeys(row.run for row in rows)}
     first = next(iter(configs.values()))
     grid = first.model.grid
-    orders = list(dict.fromkeys(row.order for row in rows))
+    orders = [order for order in dict.fromkeys(row.order for row in rows) if order not in PATHLESS]
+    learned = {run: run_folder(runs, run, scale, seed) for run, config in configs.items() if config.task.kind == "order-head"}
     tables = [
         Table(
             id=table,
@@ -78,6 +80,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
         orders=[OrderPicture(name, rank(path(name, *grid)[None]).view(grid).numpy()) for name in orders],
         coverage=[CoverageCurve(name, coverage_curve(path(name, *grid), *grid).tolist()) for name in orders],
         playback=_playback(rows, scale, runs, seed),
+        galleries=[found for found in [gallery(learned)] if found],
         vocabulary=first.model.vocabulary,
         notes=_notes(configs, scale, runs, seed),
         commands=[f"orderlab reproduce --scale {scale.name} --rows {' '.join(shortest_names(rows))} --seed {seed}"],
@@ -93,6 +96,8 @@ def _intro(table: str, scale: Scale) -> str:
         "ours-finetune": "What the fine-tunes start from, and a last-block fine-tune whose class rows are drawn anew.",
         "ours-schedule": "Names give the shares of training, in per cent, at which the anneal starts and ends.",
         "4-random-v1": "A fresh random order for each image and step, the position asked for not told.",
+        "6-orderhead": "A draft is scored, eight orders are drawn, eight images made and the likeliest kept; the controls stand in the table of ours.",
+        "ours-orderhead": "Best of eight changes a distance by itself: compare with the rows of the same number of candidates.",
         "5-fair": "Random orders annealed to raster against raster, at the same number of images seen.",
         "5-ablation": "What is left of RAR without its parts; the target embedding is never fed at inference, as in the study.",
         "ours-target": "The same checkpoints with the target embedding fed at inference.",
@@ -109,6 +114,9 @@ def _row(row: Row, scale: Scale, runs: Path, seed: int) -> ReportRow:
     metrics = _metrics(row, own, scale, runs, seed)
     if row.source.loss is not None and training:
         metrics["training loss"] = list(training.values())[-1]
+    metrics |= _scores_of(folder)
+    beside = {f"NLL {order}": _nll(row, scale, runs, seed, order) for order in row.likelihood_orders[1:]}
+    metrics |= {name: value for name, value in beside.items() if value}
     return ReportRow(
         id=row.id,
         label=row.label,
@@ -118,9 +126,25 @@ def _row(row: Row, scale: Scale, runs: Path, seed: int) -> ReportRow:
         nll=_nll(row, scale, runs, seed),
         source=row.source.printed(),
         cost=_cost(_json(folder.scores).get(name, {})),
-        note="; ".join(note for note in (row_note(row, scale), _agreement(folder, own.sample)) if note),
+        note="; ".join(
+            note for note in (row_note(row, scale), _agreement(folder, own.sample, scale.sample_images), _failures(folder)) if note
+        ),
         samples=_images(folder, name, GRID_SAMPLES),
     )
+
+
+def _scores_of(folder: RunFolder) -> dict[str, Value]:
+    """The spread of an OrderHead's scores over the last tenth of its run; nothing for other runs."""
+    steps = folder.records("step")
+    return {"score std": Value(mean(step["score_std"] for step in steps[-max(1, len(steps) // 10) :]))} if steps else {}
+
+
+def _failures(folder: RunFolder) -> str:
+    """What the diagnosis of an OrderHead run says (`evaluate/diagnosis.py`)."""
+    if not folder.records("step"):
+        return ""
+    found = [f"{record['alert']} (step {record['step']:,})" for record in folder.records("alert")]
+    return "failure mode: " + (", ".join(found) or "none by our rule")
 
 
 def _seeds(runs: Path, run: str, scale: Scale, seed: int) -> list[int]:
@@ -140,8 +164,9 @@ def _metrics(row: Row, variant: Variant, scale: Scale, runs: Path, seed: int) ->
     return {name: _over_seeds([metrics[name] for metrics in per_seed if name in metrics]) for name in names}
 
 
-def _nll(row: Row, scale: Scale, runs: Path, seed: int) -> Value | None:
-    key = result_key(row.order, row.checkpoint, row.target)
+def _nll(row: Row, scale: Scale, runs: Path, seed: int, order: str | None = None) -> Value | None:
+    """Under the row's own order, or another that was measured beside it."""
+    key = result_key(order or row.likelihood_orders[0], row.checkpoint, row.target)
     found = [_json(run_folder(runs, row.run, scale, k).root / "nll.json").get(key) for k in _seeds(runs, row.run, scale, seed)]
     values = [Value(r["nll_per_token"], r["standard_error"], r["images"]) for r in found if r]
     return _over_seeds(values) if values else None
@@ -201,22 +226,23 @@ def _phases(config: RunConfig) -> list[Phase]:
 
 def _phase_losses(folder: RunFolder, run: str, scale: Scale, seed: int) -> dict[str, Value]:
     """The mean training loss over the last tenth of each finished phase."""
-    records, losses = folder.records("train"), {}
+    records, losses = folder.records("step") or folder.records("train"), {}
     for phase in _phases(resolve(run, scale.name, seed)):
         tenth = phase.end - (phase.end - phase.start) / 10
-        inside = [record["loss"] for record in records if tenth < record["images"] <= phase.end]
+        inside = [record["ce" if "ce" in record else "loss"] for record in records if tenth < record["images"] <= phase.end]
         if inside and records[-1]["images"] >= phase.end - 1:
             losses[phase.name] = Value(mean(inside))
     return losses
 
 
-def _agreement(folder: RunFolder, config: SampleConfig) -> str:
+def _agreement(folder: RunFolder, config: SampleConfig, cached_images: int) -> str:
     """How many images of the full-forward sampler are, token for token, those of the KV cache."""
-    sets = [folder.samples / sample_name(config.edited(sampler=sampler)) for sampler in ("full-forward", "kv-cache")]
+    cached_config = config.edited(sampler="kv-cache", images=cached_images)
+    sets = [folder.samples / sample_name(c) for c in (config, cached_config)]
     if config.sampler != "full-forward" or not all((path / "sample.json").exists() for path in sets):
         return ""
     full, cached = (SampleSet(path).tokens_NP for path in sets)
-    return f"{int((full == cached).all(1).sum()):,} of {len(full):,} images equal the KV cache's, token for token"
+    return f"{int((full == cached[: len(full)]).all(1).sum()):,} of {len(full):,} images equal the KV cache's, token for token"
 
 
 def _cost(scored: dict[str, Any]) -> Cost | None:
@@ -257,7 +283,7 @@ def _curves(folder: RunFolder, config: RunConfig) -> RunCurves | None:
 
 def _playback(rows: list[Row], scale: Scale, runs: Path, seed: int) -> Playback | None:
     """The first images of the first table, one entry an order."""
-    first_table = [row for row in rows if row.table == rows[0].table and row.sampler == "kv-cache"]
+    first_table = [row for row in rows if row.table == rows[0].table and row.sampler == "kv-cache" and row.order not in PATHLESS]
     entries = []
     for row in first_table:
         folder = run_folder(runs, row.run, scale, seed)

@@ -4,6 +4,7 @@ A number that was not measured is None and is printed as an empty cell. P grid p
 from dataclasses import dataclass, field
 
 import numpy as np
+from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,25 @@ class Playback:
 
 
 @dataclass(frozen=True, eq=False)
+class Picture:
+    """A figure of its own: a file name, what it shows (also for those who cannot see it), and the drawing."""
+
+    name: str
+    caption: str
+    drawing: Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """A section of pictures."""
+
+    id: str
+    title: str
+    intro: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True, eq=False)
 class ReportData:
     """Everything a report prints. `vocabulary` is the codebook size V: NLL above ln V is marked."""
 
@@ -130,6 +150,7 @@ class ReportData:
     orders: list[OrderPicture] = field(default_factory=list)
     coverage: list[CoverageCurve] = field(default_factory=list)
     playback: Playback | None = None
+    galleries: list[Gallery] = field(default_factory=list)
     vocabulary: int | None = None
     notes: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)

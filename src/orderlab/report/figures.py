@@ -172,7 +172,7 @@ def likelihood(table: Table, vocabulary: int | None) -> Figure | None:
         return figure
 
 
-def _thinned(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
+def thinned(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
     """Means over at most `points` equal stretches."""
     if len(x) <= points:
         return x, y
@@ -193,8 +193,8 @@ def losses(run: RunCurves, limits: tuple[float, float] | None = None) -> Figure:
             axes.annotate(
                 phase.name, (middle, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", fontsize=8.5
             )
-        axes.plot(*_thinned(x, y, 240), color=colour, linewidth=0.8, alpha=0.4)
-        axes.plot(*_thinned(x, y, 40), color=colour, linewidth=1.6, label="training")
+        axes.plot(*thinned(x, y, 240), color=colour, linewidth=0.8, alpha=0.4)
+        axes.plot(*thinned(x, y, 40), color=colour, linewidth=1.6, label="training")
         if run.validation_nll:
             seen, nll = zip(*run.validation_nll, strict=True)
             axes.plot(seen, nll, "o-", color=INK, markerfacecolor=PAPER, markersize=4, linewidth=0.8, label="validation")
@@ -214,7 +214,7 @@ def loss_limits(runs: list[RunCurves]) -> tuple[float, float] | None:
         v
         for run in runs
         for v in [
-            *_thinned(np.asarray(run.images_seen, float), np.asarray(run.train_loss, float), 240)[1],
+            *thinned(np.asarray(run.images_seen, float), np.asarray(run.train_loss, float), 240)[1],
             *(b for _, b in run.validation_nll),
         ]
     ]

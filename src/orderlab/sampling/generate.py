@@ -22,6 +22,8 @@ from orderlab.models.gpt import GPT
 from orderlab.order.perm import as_batch, to_grid
 from orderlab.sampling.draw import draw_tokens, guidance_scales, guide
 
+Revise = Callable[[int, Tensor, Tensor], Tensor | None]
+
 
 class Decoder(Protocol):
     """Answers the logits [R, V] of the next step, given the tokens [R] of the step before (None at the first)."""
@@ -70,6 +72,7 @@ def generate(
     sampler: Literal["kv-cache", "kv-cache-static", "full-forward"] = "kv-cache",
     target: bool | None = None,
     guidance_schedule: Literal["none", "linear", "power-cosine"] = "none",
+    revise: Revise | None = None,
 ) -> Tensor:
     """Generate one image per class: tokens [B, P] in grid space.
 
@@ -77,30 +80,55 @@ def generate(
     `seeds` are B ints, one per image: the same seed gives the same image in any batch. `guidance` is classifier-free
     guidance on raw logits, uncond + s (cond - uncond), off at 1 or less; `top_k` 0 and `top_p` 1 keep everything;
     `target` feeds the target-aware embedding (None: as the model was configured). "kv-cache" costs one token per step for
-    any order; "kv-cache-static" is the same in fixed shapes, for CUDA graphs; "full-forward" recomputes the prefix and gives the same tokens. No argument is changed.
+    any order; "kv-cache-static" is the same in fixed shapes, for CUDA graphs; "full-forward" recomputes the prefix and gives the same tokens.
+    `revise(t, order_BT, tokens_BT)` is asked before each step for the order from there on, given the t tokens drawn so far in step
+    space; None leaves it (kv-cache and full-forward only). No argument is changed.
     Raises `UserError` for arguments that do not fit the model.
     """
     device = model.norm.weight.device
     classes_B, uniforms_BT = _check(model, classes, seeds, temperature, top_k, top_p, sampler)
-    order_BT = as_batch(order, len(classes_B), model.config.positions)
+    order_BT = as_batch(order, len(classes_B), model.config.positions).to(device, copy=True)
     is_guided = guidance > 1.0
     classes_R = torch.cat([classes_B, torch.full_like(classes_B, model.null_class)]) if is_guided else classes_B
-    order_RT = order_BT.repeat(2, 1) if is_guided else order_BT
+    order_RT = order_BT.repeat(2 if is_guided else 1, 1)
     scales = guidance_scales(guidance, guidance_schedule, model.config.positions)
     with model.evaluating():
-        decoder = DECODERS[sampler](model, classes_R.to(device), order_RT.to(device), target)
+        decoder = DECODERS[sampler](model, classes_R.to(device), order_RT, target)
         uniforms = None if greedy else uniforms_BT.to(device)
-        tokens_BT = _decode(decoder, uniforms, scales if is_guided else None, temperature, top_k, top_p)
-    return to_grid(tokens_BT, order_BT.to(device)).to(order_BT.device)
+        before = None if revise is None else Revision(revise, order_BT, order_RT)
+        tokens_BT = _decode(decoder, uniforms, scales if is_guided else None, temperature, top_k, top_p, before)
+    return to_grid(tokens_BT, order_BT).to(torch.as_tensor(order).device)
+
+
+class Revision:
+    """Lets an order be chosen while an image is made: writes what `revise` answers into the orders that the decoder reads."""
+
+    def __init__(self, revise: Revise, order_BT: Tensor, order_RT: Tensor):
+        self.revise, self.order_BT, self.order_RT = revise, order_BT, order_RT
+
+    def __call__(self, t: int, tokens_TB: list[Tensor]) -> None:
+        tokens_BT = torch.stack(tokens_TB, dim=1) if tokens_TB else self.order_BT[:, :0]
+        revised_BT = self.revise(t, self.order_BT, tokens_BT)
+        if revised_BT is not None:
+            self.order_BT.copy_(revised_BT)
+            self.order_RT.copy_(revised_BT.repeat(len(self.order_RT) // len(revised_BT), 1))
 
 
 def _decode(
-    decoder: Decoder, uniforms_BT: Tensor | None, scales: list[float] | None, temperature: float, top_k: int, top_p: float
+    decoder: Decoder,
+    uniforms_BT: Tensor | None,
+    scales: list[float] | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    before: Revision | None = None,
 ) -> Tensor:
     """Step through one generation: tokens [B, T] in step space. `scales` is None without guidance, `uniforms_BT` None for argmax."""
     tokens_TB: list[Tensor] = []
     tokens_R = None
     for t in range(decoder.steps):
+        if before is not None:
+            before(t, tokens_TB)
         logits_BV = decoder.step(tokens_R)
         if scales is not None:
             conditional_BV, unconditional_BV = logits_BV.chunk(2)

@@ -1,7 +1,7 @@
 """`orderlab sample`: generate a run's images in one order into its samples folder, batch by batch.
 
 A sample set is a folder: `tokens.npy` (uint16 [N, P] in grid space), `classes.npy`, and `sample.json` (the settings, the
-checkpoint, seconds). Each finished batch is a file of its own until the set is whole, so a killed run loses one batch at
+checkpoint, seconds); learned orders add `orders.npy` and `drafts.npy`. Each finished batch is a file of its own until the set is whole, so a killed run loses one batch at
 most. Image i has its own seed; batches are dealt out over processes and change nothing.
 """
 
@@ -22,14 +22,12 @@ from orderlab.config import SampleConfig
 from orderlab.data.imagenet import class_rows
 from orderlab.data.npz import FAULTS
 from orderlab.errors import UserError
-from orderlab.models.formats import load_gpt
-from orderlab.models.gpt import GPT
-from orderlab.order.paths import path
 from orderlab.runtime.dist import World, world
 from orderlab.runtime.files import read_json, write_json
 from orderlab.runtime.keys import generator, image_seeds
 from orderlab.runtime.run import RunFolder
-from orderlab.sampling.generate import generate
+from orderlab.sampling.methods import Method, load_model, method_for
+from orderlab.sampling.semifast import Made
 
 
 class SampleSet:
@@ -97,13 +95,15 @@ def run(
     if not weights.exists():
         raise UserError(f"{weights} does not exist; train the run to its end first (its state is '{folder.status()['state']}')")
     with world() as here:
-        model = load_gpt(weights).to(here.device)
-        classes_N = sample_classes(config, class_rows(folder.config().data, model.config.classes))
-        seconds, timed = _sample_parts(model, config, classes_N, out, here, progress or (lambda done, total: None))
+        model = load_model(weights).to(here.device)
+        method = method_for(model, config)
+        run_config = folder.config()
+        classes_N = sample_classes(config, class_rows(run_config.data, run_config.model.classes))
+        seconds, timed = _sample_parts(method, config, classes_N, out, here, progress or (lambda done, total: None))
         here.barrier()
         if here.is_main:
             _join_parts(out, config, classes_N)
-            cost = {"seconds_per_image": seconds / timed if timed else None, "processes": here.size, "steps": model.config.positions}
+            cost = {"seconds_per_image": seconds / timed if timed else None, "processes": here.size, "steps": run_config.model.positions}
             meta = {"config": config.model_dump(), "checkpoint": checkpoint, "content": content_hash(out), **cost}
             write_json(out / "sample.json", meta)
         here.barrier()
@@ -115,37 +115,47 @@ def _parts(config: SampleConfig) -> int:
 
 
 def _sample_parts(
-    model: GPT, config: SampleConfig, classes_N: np.ndarray, out: Path, here: World, progress: Callable[[int, int], None]
+    method: Method, config: SampleConfig, classes_N: np.ndarray, out: Path, here: World, progress: Callable[[int, int], None]
 ) -> tuple[float, int]:
     """Generate this process's missing batches; returns the seconds it took and the images it was for."""
     out.mkdir(parents=True, exist_ok=True)
-    order = path(config.order, *model.config.grid)
-    options: dict[str, Any] = config.model_dump(
-        include={"guidance", "temperature", "top_k", "top_p", "sampler", "target", "guidance_schedule"}
-    )
     seconds, timed = 0.0, 0
     for part in range(here.rank, _parts(config), here.size):
-        file = out / f"part-{part:06d}.npy"
+        file = part_file(out, part)
         if not file.exists():
             # The last batch is padded with images beyond the set, so that every batch has one shape.
             indices = np.arange(part * config.batch, (part + 1) * config.batch)
             classes_B = torch.from_numpy(classes_N[indices % config.images])
             clock = time.perf_counter()
             seeds = image_seeds(config.seed, range(indices[0], indices[-1] + 1))
-            tokens_BP = generate(model, classes_B, order, seeds=seeds, **options)
+            made = method(classes_B, seeds)
             seconds, timed = seconds + time.perf_counter() - clock, timed + config.batch
-            kept = tokens_BP[: config.images - part * config.batch].cpu().numpy().astype(np.uint16)
-            temporary = file.with_suffix(".part")
-            with open(temporary, "wb") as handle:
-                np.save(handle, kept)
-            temporary.rename(file)
+            _write_part(file, made, config.images - part * config.batch)
         progress(min(config.images, (part + 1) * config.batch), config.images)
     return seconds, timed
 
 
+def part_file(out: Path, part: int) -> Path:
+    return out / f"part-{part:06d}.npz"
+
+
+def _write_part(file: Path, made: Made, kept: int) -> None:
+    """A batch's images, and where they differ from image to image the orders and drafts they come from."""
+    arrays = {"tokens": made.tokens_BP[:kept]}
+    if made.drafts_BP is not None:
+        arrays |= {"orders": made.order_BT[:kept], "drafts": made.drafts_BP[:kept]}
+    temporary = file.with_suffix(".part")
+    with open(temporary, "wb") as handle:
+        whole: dict[str, Any] = {name: values.cpu().numpy().astype(np.uint16) for name, values in arrays.items()}
+        np.savez(handle, **whole)
+    temporary.rename(file)
+
+
 def _join_parts(out: Path, config: SampleConfig, classes_N: np.ndarray) -> None:
-    parts = [out / f"part-{part:06d}.npy" for part in range(_parts(config))]
-    np.save(out / "tokens.npy", np.concatenate([np.load(part) for part in parts]))
+    parts = [part_file(out, part) for part in range(_parts(config))]
+    loaded = [dict(np.load(part)) for part in parts]
+    for name in loaded[0]:
+        np.save(out / f"{name}.npy", np.concatenate([arrays[name] for arrays in loaded]))
     np.save(out / "classes.npy", classes_N.astype(np.int32))
     for part in parts:
         part.unlink()

@@ -37,10 +37,8 @@ class OrderedBatch(Batch):
     """Samples to which the target embedding is fed; None when no sample of the global batch takes it."""
 
 
-class Autoregressive(Objective):
+class Autoregressive(Objective[GPT]):
     """Next-token cross-entropy in the order the policy draws: mean over images and all P tokens (LlamaGen)."""
-
-    model: GPT
 
     def __init__(self, config: RunConfig, train: TokenSet, validation: TokenSet, device: torch.device):
         super().__init__(config, train, validation)

@@ -51,7 +51,7 @@ def run(config: RunConfig, run_dir: str | Path, *, cache: Path | None = None, re
             token_sets(config.data, config.model.grid, cache or default_cache(folder))  # made once, found by the other processes
             folder.create(config)
         here.barrier()
-        objective = objective_for(config, cache or default_cache(folder), here.device)
+        objective = objective_for(config, cache or default_cache(folder), here.device, folder.root.parent.parent)
         if not (folder.checkpoints / STATE).exists():
             load_start(objective, config, folder.root.parent.parent)
         state = Trainer(config, folder, objective, here, report or (lambda record: None)).train()
@@ -67,7 +67,7 @@ def default_cache(folder: RunFolder) -> Path:
 class Trainer:
     """The state of one run on one process: optimizer, moving average, images seen, and the sums between two reports."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, objective: Objective, here: World, report: Report):
+    def __init__(self, config: RunConfig, folder: RunFolder, objective: Objective[Any], here: World, report: Report):
         self.config, self.folder, self.objective, self.here, self.report = config, folder, objective, here, report
         self.model = objective.model
         self.ema = moving_average(self.model, config)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from orderlab.config import RunConfig
 from orderlab.data.tokens import TokenSet
 from orderlab.runtime.keys import generator
 from orderlab.training.parallel import clip
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,15 @@ class Batch:
         return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
-class Objective(ABC):
+class Objective(ABC, Generic[Model]):
     """What the loop asks of a training task."""
 
-    model: nn.Module
-    rate_scales: ClassVar[Mapping[str, float]] = {}
-    """Learning rates over `optim.lr`, by the first word of a parameter's name; 1 for what is not named."""
+    model: Model
 
     def __init__(self, config: RunConfig, train: TokenSet, validation: TokenSet):
         self.config, self.train, self.validation = config, train, validation
+        self.rate_scales: dict[str, float] = {}
+        """Learning rates over `optim.lr`, by the first word of a parameter's name; 1 for what is not named."""
 
     @abstractmethod
     def batch(self, images_seen: int) -> Batch:

@@ -36,7 +36,8 @@ def prepare(model: nn.Module, ema: AveragedModel | None, config: RunConfig, here
     return DistributedDataParallel(
         model,
         device_ids=[here.device.index] if here.device.type == "cuda" else None,
-        find_unused_parameters=config.model.target_embedding,  # the target table rests in the raster phase
+        # The target table rests in the raster phase, parts of an OrderHead where its schedules say so.
+        find_unused_parameters=config.model.target_embedding or config.task.kind == "order-head",
         gradient_as_bucket_view=True,  # gradients once in memory, not twice
     )
 
@@ -62,6 +63,11 @@ def accumulating(forward: Any, is_last: bool) -> AbstractContextManager[object]:
 def clip(model: nn.Module, limit: float) -> Tensor:
     """Clip the global gradient norm; returns the norm before, on the device. Parameters without a gradient count for nothing."""
     return whole(nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit))
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The global gradient norm, on the device; zero where nothing has a gradient."""
+    return whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

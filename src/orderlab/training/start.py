@@ -7,6 +7,7 @@ frozen takes no gradient, so it has no optimizer state, no decay, and the same b
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def start_file(start: StartConfig, config: RunConfig, runs: Path) -> Path:
     return file
 
 
-def load_start(objective: Objective, config: RunConfig, runs: Path) -> None:
+def load_start(objective: Objective[Any], config: RunConfig, runs: Path) -> None:
     """Put the starting weights into a fresh model, where the config names any."""
     if config.start is not None:
         file = start_file(config.start, config, runs)

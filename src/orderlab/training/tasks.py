@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,8 +13,11 @@ from orderlab.errors import UserError
 from orderlab.training.objectives import Objective
 
 
-def objective_for(config: RunConfig, cache: Path, device: torch.device) -> Objective:
-    """The objective of a config, its model freshly initialised on `device` and frozen where the config says."""
+def objective_for(config: RunConfig, cache: Path, device: torch.device, runs: Path | None = None) -> Objective[Any]:
+    """The objective of a config, its model freshly initialised on `device` and frozen where the config says.
+
+    `runs` is where the runs lie that it learns from (default: beside `cache`).
+    """
     train, validation = token_sets(config.data, config.model.grid, cache)
     for token_set in (train, validation):
         if token_set.meta.vocabulary > config.model.vocabulary or token_set.meta.classes > config.model.classes:
@@ -25,4 +29,8 @@ def objective_for(config: RunConfig, cache: Path, device: torch.device) -> Objec
         from orderlab.training.autoregressive import Autoregressive
 
         return Autoregressive(config, train, validation, device)
+    if config.task.kind == "order-head":
+        from orderlab.training.order_head import OrderHead
+
+        return OrderHead(config, train, validation, device, runs or cache.parent)
     raise UserError(f"task {config.task.kind} cannot be trained by this version")

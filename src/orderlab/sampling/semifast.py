@@ -1,0 +1,158 @@
+"""Sampling in learned orders, and choosing among candidates.
+
+Four procedures share a draft: one raster image, whose states the OrderHead scores. `semifast` (the study's Section 6) perturbs
+the scores into several orders, makes an image in each and keeps the best; `fast` makes one image in the one unperturbed order;
+`phases` scores again, at equal distances, what is left of the image being made; `slow` does so at every step. `best_of` is the control:
+candidates in raster or random orders, chosen alike, since choosing among eight images alone changes a Fréchet distance.
+Everything runs on the KV cache, all candidates as one batch; `sampler="full-forward"` is the slow reference.
+"""
+
+# B batch · N candidates of an image · P grid position · T generation step
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orderlab.errors import UserError
+from orderlab.models.gpt import GPT
+from orderlab.models.order_head import normalise
+from orderlab.models.ordered_gpt import OrderedGPT
+from orderlab.order.perm import highest, in_two_groups, random_orders, remaining_by_score, to_grid, to_steps
+from orderlab.runtime.keys import generator, key
+from orderlab.sampling.generate import generate
+
+Rescore = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(tokens_BP, classes_B, order_BT) -> a value for each image, the higher the better."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Images and how they were made."""
+
+    tokens_BP: Tensor
+    order_BT: Tensor
+    """The order each was made in."""
+    drafts_BP: Tensor | None = None
+    """The raster images whose states were scored."""
+
+
+def draft(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(tokens, normalised scores) [B, P] of one raster image a class; its tokens have seeds of their own."""
+    raster_P = torch.arange(model.config.positions)
+    tokens_BP = generate(model.gpt, classes_B, raster_P, seeds=[key("draft", seed) for seed in seeds], target=model.target, **options)
+    return tokens_BP, normalised_scores(model, classes_B, tokens_BP)
+
+
+@torch.inference_mode()
+def normalised_scores(model: OrderedGPT, classes_B: Tensor, tokens_BP: Tensor) -> Tensor:
+    device = model.gpt.norm.weight.device
+    return normalise(model.scores(classes_B.to(device), tokens_BP.to(device))).cpu()
+
+
+def fast(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], **options: Any) -> Made:
+    """One image in the order of its draft's scores."""
+    drafts_BP, scores_BP = draft(model, classes_B, seeds, options)
+    order_BT = in_two_groups(highest(scores_BP, model.task.first))
+    return Made(generate(model.gpt, classes_B, order_BT, seeds=seeds, target=model.target, **options), order_BT, drafts_BP)
+
+
+def semifast(
+    model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], candidates: int = 8, rescore: Rescore | None = None, **options: Any
+) -> Made:
+    """The best of several images, each in an order of its own: normalised scores + Gumbel(0, 1), then the binary split.
+
+    Candidate c of image i draws its order and its tokens from (seed of i, c). `rescore` chooses; None: mean log-likelihood.
+    """
+    drafts_BP, scores_BP = draft(model, classes_B, seeds, options)
+    noise_NP = torch.cat([gumbel(scores_BP.shape[1], seed, c) for seed in seeds for c in range(candidates)])
+    order_NT = in_two_groups(highest(scores_BP.repeat_interleave(candidates, 0) + noise_NP, model.task.first))
+    made = best_of(model.gpt, classes_B, seeds, order_NT, candidates, rescore, target=model.target, **options)
+    return Made(made.tokens_BP, made.order_BT, drafts_BP)
+
+
+def gumbel(positions: int, seed: int, candidate: int) -> Tensor:
+    """Gumbel(0, 1) noise [1, P] of one candidate."""
+    uniform_1P = torch.rand(1, positions, dtype=torch.float64, generator=generator("candidate-order", seed, candidate))
+    return -(-uniform_1P.clamp_min(1e-300).log()).log()
+
+
+def best_of(
+    model: GPT,
+    classes_B: Tensor,
+    seeds: Sequence[int],
+    order_NT: Tensor,
+    candidates: int,
+    rescore: Rescore | None = None,
+    target: bool | None = None,
+    **options: Any,
+) -> Made:
+    """Make `candidates` images a class in the orders [B · N, T] (image by image), and keep the one of the highest value."""
+    classes_N = classes_B.repeat_interleave(candidates)
+    candidate_seeds = [key("candidate", seed, c) for seed in seeds for c in range(candidates)]
+    tokens_NP = generate(model, classes_N, order_NT, seeds=candidate_seeds, target=target, **options)
+    rescore = rescore or LogLikelihood(model, target)
+    values_BN = rescore(tokens_NP, classes_N, order_NT).view(-1, candidates)
+    chosen_B = values_BN.argmax(1).cpu() + candidates * torch.arange(len(classes_B))
+    return Made(tokens_NP[chosen_B], order_NT[chosen_B])
+
+
+def shuffled(positions: int, seeds: Sequence[int], candidates: int = 1) -> Tensor:
+    """A random order for each candidate of each image [B · N, T], by (seed, candidate)."""
+    return torch.cat([random_orders(1, positions, generator("candidate-order", seed, c)) for seed in seeds for c in range(candidates)])
+
+
+class LogLikelihood:
+    """The mean conditional log-probability of an image's own tokens under its own order, without guidance, at temperature 1."""
+
+    def __init__(self, model: GPT, target: bool | None):
+        self.model, self.target = model, target
+
+    @torch.inference_mode()
+    def __call__(self, tokens_BP: Tensor, classes_B: Tensor, order_BT: Tensor) -> Tensor:
+        device = self.model.norm.weight.device
+        classes_B, tokens_BT, order_BT = classes_B.to(device), to_steps(tokens_BP, order_BT).to(device), order_BT.to(device)
+        with self.model.evaluating():
+            logits_BTV = self.model(classes_B, tokens_BT, order_BT, target=self.target)
+        return -torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), tokens_BT, reduction="none").mean(1)
+
+
+def phases(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], count: int = 8, **options: Any) -> Made:
+    """Score what is left again at `count` equally distant steps; within a phase, raster order.
+
+    What is scored is the canvas: the image's own tokens where it has any, its draft's elsewhere. `count` = P is `slow`.
+    """
+    positions = model.config.positions
+    if not 1 <= count <= positions:
+        raise UserError(f"{count} phases for {positions} tokens; expected 1 to {positions}")
+    drafts_BP, scores_BP = draft(model, classes_B, seeds, options)
+    bounds = [round(positions * phase / count) for phase in range(count + 1)]
+    orders: list[Tensor] = []
+
+    def revise(t: int, order_BT: Tensor, tokens_BT: Tensor) -> Tensor | None:
+        if t not in bounds:
+            return None
+        order_BT = order_BT.cpu()
+        now_BP = normalised_scores(model, classes_B, canvas(drafts_BP, tokens_BT.cpu(), order_BT)) if t else scores_BP
+        revised_BT = remaining_by_score(order_BT, t, bounds[bounds.index(t) + 1], now_BP)
+        orders.append(revised_BT)
+        return revised_BT.to(order_BT.device)
+
+    start_BT = torch.arange(positions).expand(len(classes_B), -1)
+    tokens_BP = generate(model.gpt, classes_B, start_BT, seeds=seeds, target=model.target, revise=revise, **options)
+    return Made(tokens_BP, orders[-1], drafts_BP)
+
+
+def slow(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], **options: Any) -> Made:
+    """Score what is left again at every step."""
+    return phases(model, classes_B, seeds, count=model.config.positions, **options)
+
+
+def canvas(drafts_BP: Tensor, tokens_BT: Tensor, order_BT: Tensor) -> Tensor:
+    """The drafts with the tokens of the first steps put in their places."""
+    drafts_BT = to_steps(drafts_BP, order_BT)
+    return to_grid(torch.cat([tokens_BT, drafts_BT[:, tokens_BT.shape[1] :]], dim=1), order_BT)
