@@ -79,6 +79,13 @@ class Row:
     def label(self) -> str:
         return self.id.split("/")[1]
 
+    @property
+    def likelihood_orders(self) -> list[str]:
+        """The orders its likelihood is measured in: its own first; an OrderHead's beside raster and random on the same checkpoint."""
+        if self.order == SHUFFLED:
+            return ["random:0"]
+        return [LEARNED, "raster", "random:0"] if self.order == LEARNED else [self.order]
+
 
 NEXT_TOKEN, VIT_B, HEAD_OF_THE_STUDY = AutoregressiveTask(), OracleTask(), OrderHeadConfig()
 

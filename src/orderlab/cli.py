@@ -24,7 +24,7 @@ from tyro.conf import FlagCreatePairsOff
 
 from orderlab import catalog
 from orderlab.errors import UserError
-from orderlab.verbs import cluster, data, hub, quality, runs, study, tools
+from orderlab.verbs import cluster, data, hub, oracle, quality, runs, study, tools
 
 VERBS: dict[str, Callable[..., None]] = {
     "reproduce": study.reproduce,
@@ -45,6 +45,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "hub import": hub.hub_import,
     "hub export": hub.hub_export,
     "hub push": hub.hub_push,
+    "oracle train": oracle.oracle_train,
+    "oracle importance": oracle.oracle_importance,
     "coverage": tools.coverage,
     "bench sample": tools.bench_sample,
     "bench train": tools.bench_train,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from orderlab.frozen import Frozen
 
@@ -44,22 +45,42 @@ class MaskedTask(Frozen):
     """Distribution of the share of masked tokens, drawn for each image: MaskGIT's, MAR's, or uniform."""
 
 
-class OracleTask(Frozen):
-    """Classification from a part of the tokens (ViT with PatchDrop); the defaults are the study's ViT-B."""
+class ViTSizes(Frozen):
+    """Sizes of a ViT; the defaults are ViT-B's."""
 
-    kind: Literal["oracle"] = "oracle"
     layers: int = Field(12, ge=1)
     heads: int = Field(12, ge=1)
     dim: int = Field(768, ge=2)
     mlp_dim: int = Field(3072, ge=1)
-    least_kept: float = Field(0.1, gt=0, le=1)
-    """Training keeps a share of the tokens drawn uniformly from here to 1."""
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> OracleTask:
+    def _heads_divide(self) -> Self:
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} does not divide over {self.heads} heads")
         return self
+
+
+class OracleTask(ViTSizes):
+    """Classification from a part of the tokens (ViT with PatchDrop); the defaults are the study's ViT-B."""
+
+    kind: Literal["oracle"] = "oracle"
+    least_kept: float = Field(0.1, gt=0, le=1)
+    """Training keeps a share of the tokens drawn uniformly from here to 1."""
+
+
+class OracleConfig(ViTSizes):
+    """A whole oracle: the sizes of its ViT, and the tokens and classes it knows."""
+
+    grid: tuple[int, int] = (16, 16)
+    """Height and width of the token grid."""
+    vocabulary: int = Field(16384, ge=2)
+    entry_dim: int = Field(8, ge=1)
+    """Width of a codebook entry."""
+    classes: int = Field(1000, ge=2)
+
+    @property
+    def positions(self) -> int:
+        return self.grid[0] * self.grid[1]
 
 
 class OracleUse(Frozen):

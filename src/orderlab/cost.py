@@ -10,14 +10,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from orderlab import cost_tasks
 from orderlab.catalog import H100_TFLOPS, SOURCE_HOURS, Scale
 from orderlab.config import LEARNED, GPTConfig, RunConfig, SampleConfig
+from orderlab.config_tasks import OracleTask
 from orderlab.cost_memory import block_bytes, head_bytes
 from orderlab.models.gpt import GPT
+from orderlab.models.oracle import Oracle, oracle_sizes
 
 GIB = 2**30
 TRAINING_IMAGES = {100: 126_689, 1000: 1_281_167}  # of ImageNet-100 and ImageNet-1K
@@ -51,6 +53,8 @@ def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool) -> f
 
 def training_cost(config: RunConfig, scale: Scale) -> dict[str, Any]:
     """Parameters, steps, FLOPs, memory of one device, disk and hours of one training run."""
+    if isinstance(config.task, OracleTask):
+        return oracle_cost(config, config.task, scale)
     parameters = cost_tasks.parameters(config)
     flops = cost_tasks.training_flops(config, forward_flops(config.model, config.model.positions)) * config.images
     share = -(-config.batch // scale.gpus)
@@ -153,8 +157,22 @@ def likelihood_cost(model: GPTConfig, images: int, orders: int, scale: Scale) ->
 
 def network_cost(network: nn.Module, image_shape: tuple[int, ...], images: int, scale: Scale) -> dict[str, Any]:
     """Training a small image network (on meta) for so many images seen."""
+    return _network_cost(network, (torch.empty(1, *image_shape, device="meta"),), images, scale)
+
+
+def oracle_cost(config: RunConfig, task: OracleTask, scale: Scale) -> dict[str, Any]:
+    """Training the oracle, counted at the mean share of tokens that PatchDrop keeps; the codebook's entries taken as the default width."""
+    model = config.model
+    with torch.device("meta"):
+        oracle = Oracle(oracle_sizes(task, model.grid, model.vocabulary, model.classes))
+        tokens_BP = torch.zeros(1, model.positions, dtype=torch.long)
+        shown_BK = tokens_BP[:, : round((task.least_kept + 1) / 2 * model.positions)]
+    return _network_cost(oracle, (tokens_BP, shown_BK), config.images, scale) | {"steps": config.steps}
+
+
+def _network_cost(network: nn.Module, inputs: tuple[Tensor, ...], images: int, scale: Scale) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter:
-        network(torch.empty(1, *image_shape, device="meta"))
+        network(*inputs)
     parameters = sum(p.numel() for p in network.parameters())
     flops = 3 * counter.get_total_flops() * images
     return {

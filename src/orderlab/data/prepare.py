@@ -23,6 +23,7 @@ from orderlab.errors import UserError
 from orderlab.models.vq import VQ, load_vq, tokenizer_hash
 
 ENCODE_BATCH = 125  # with channels last, the fastest here: 1.5 times the plain layout at 500
+HASH_DIGITS = 16  # of a hash that is known; tokens from elsewhere may say "unknown"
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
@@ -63,6 +64,21 @@ def _imagenet_set(folder: Path, data: DataConfig) -> TokenSet:
     if token_set.meta.classes != len(rows):
         raise UserError(f"{folder} has {token_set.meta.classes} classes; data.classes=imagenet-1k places the {len(rows)} of ImageNet-100")
     return TokenSet(folder, rows)
+
+
+def codebook(data: DataConfig, token_set: TokenSet) -> torch.Tensor:
+    """The unit rows of the codebook that a set's codes index: float32 [V, C].
+
+    Raises `UserError` where the tokenizer of the config is not the one that the tokens were made with.
+    """
+    vq, meta = tokenizer(data.tokenizer), token_set.meta
+    is_known = len(meta.tokenizer_hash) == HASH_DIGITS
+    if (is_known and tokenizer_hash(vq) != meta.tokenizer_hash) or meta.vocabulary > vq.config.codebook_size:
+        raise UserError(
+            f"{token_set.folder} was made with tokenizer {meta.tokenizer} ({meta.tokenizer_hash}, {meta.vocabulary} codes), and {data.tokenizer} "
+            f"is {tokenizer_hash(vq)} ({vq.config.codebook_size} codes): tokenize the images again, or put the right weight file in its place"
+        )
+    return vq.quantize.rows().detach().clone()
 
 
 def decode(vq: VQ, tokens_NP: np.ndarray | torch.Tensor, batch: int = 250) -> np.ndarray:

@@ -15,42 +15,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from orderlab.config_tasks import OrderHeadConfig
 from orderlab.errors import UserError
+from orderlab.models.vit import ViTBlock, init_weights
 from orderlab.order.perm import highest, in_two_groups
 
 Gate = Literal["identity", "context-only"]
 NORMALISE_EPS = 1e-6
-
-
-class SelfAttention(nn.Module):
-    """Bidirectional multi-head attention; q, k and v in one matrix with a bias."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.projection = nn.Linear(dim, dim)
-
-    def forward(self, x_BPD: Tensor) -> Tensor:
-        q, k, v = self.qkv(x_BPD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.projection(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class ViTBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the pre-norm block of ViT (2010.11929)."""
-
-    def __init__(self, dim: int, heads: int, mlp_dim: int):
-        super().__init__()
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, heads)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim))
-
-    def forward(self, x_BPD: Tensor) -> Tensor:
-        x_BPD = x_BPD + self.attention(self.attention_norm(x_BPD))
-        return x_BPD + self.mlp(self.mlp_norm(x_BPD))
 
 
 class ScoredOrdering(nn.Module):
@@ -69,18 +41,7 @@ class ScoredOrdering(nn.Module):
         self.positions = nn.Parameter(torch.empty(1, config.registers + config.positions, config.dim))
         self.blocks = nn.Sequential(*(ViTBlock(config.dim, config.heads, config.mlp_dim) for _ in range(config.layers)))
         self.head = nn.Sequential(nn.Linear(config.dim, config.dim // 2), nn.GELU(), nn.Linear(config.dim // 2, 1))
-        self.init_weights(torch.Generator().manual_seed(seed))
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """N(0, 0.02) for matrices, registers and positions; zero biases; norms at one."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.fill_(1.0)
+        init_weights(self, torch.Generator().manual_seed(seed))
 
     def forward(self, states_BPD: Tensor, entries_BPC: Tensor | None = None, is_truth_B: Tensor | None = None) -> Tensor:
         if states_BPD.shape[1:] != (self.config.positions, self.config.state_dim):

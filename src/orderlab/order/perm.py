@@ -51,7 +51,12 @@ def highest(scores_BP: Tensor, count: int) -> Tensor:
 
 def in_two_groups(is_first_BP: Tensor) -> Tensor:
     """The order [B, T] that generates the marked positions first; both groups in raster order."""
-    return (~is_first_BP).to(torch.uint8).argsort(dim=1, stable=True)
+    return in_groups((~is_first_BP).to(torch.uint8))
+
+
+def in_groups(group_BP: Tensor) -> Tensor:
+    """The order [B, T] that takes the groups in turn, by number; each in raster order."""
+    return group_BP.argsort(dim=1, stable=True)
 
 
 def remaining_by_score(order_BT: Tensor, start: int, stop: int, scores_BP: Tensor) -> Tensor:

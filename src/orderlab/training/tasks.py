@@ -33,4 +33,8 @@ def objective_for(config: RunConfig, cache: Path, device: torch.device, runs: Pa
         from orderlab.training.order_head import OrderHead
 
         return OrderHead(config, train, validation, device, runs or cache.parent)
+    if config.task.kind == "oracle":
+        from orderlab.training.oracle import OracleTraining
+
+        return OracleTraining(config, config.task, train, validation, device)
     raise UserError(f"task {config.task.kind} cannot be trained by this version")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orderlab import catalog
+from orderlab.config import RunConfig
 from orderlab.verbs.output import RUNS, print_cost, print_json, print_result, validated
 
 
@@ -57,19 +58,23 @@ def train(
 
         print_cost(config.model_dump(mode="json"), training_cost(config, catalog.scale_named(scale)), json)
         return
+    folder, state = train_run(config, runs, quiet=json)
+    print_result({"run": str(folder), "state": state}, json)
+
+
+def train_run(config: RunConfig, runs: Path, quiet: bool) -> tuple[Path, str]:
+    """Train a run in its folder under `runs` with a progress bar; returns the folder and the state."""
     from orderlab.runtime.console import Console
     from orderlab.training import loop
 
-    folder = runs / f"{config.recipe}@{scale}" / f"seed{seed}"
-    console = Console(quiet=json)
-    with console.progress(f"train {config.recipe}", config.images) as bar:
+    folder = runs / f"{config.recipe}@{config.scale}" / f"seed{config.seed}"
+    with Console(quiet=quiet).progress(f"train {config.recipe}", config.images) as bar:
 
         def report(record: dict[str, Any]) -> None:
             if record["kind"] == "train":
                 bar.update(record["images"], f"loss {record['loss']:.3f} · {record['images_per_second']:.0f} images/s")
 
-        state = loop.run(config, folder, cache=runs / "tokens", report=report)
-    print_result({"run": str(folder), "state": state}, json)
+        return folder, loop.run(config, folder, cache=runs / "tokens", report=report)
 
 
 def sample(
