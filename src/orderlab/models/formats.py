@@ -18,11 +18,19 @@ from torch import Tensor
 
 from orderlab.config import GPTConfig
 from orderlab.errors import UserError
+from orderlab.frozen import Frozen
 from orderlab.models.gpt import GPT, PRESETS
+from orderlab.models.masked import MaskedModel
 from orderlab.models.weights import load_state, read_pickle, read_safetensors, save_weights, without_prefixes
 from orderlab.order.perm import as_batch, rows_at
 
 WRAPPER_KEYS = ("model", "module", "state_dict")  # DDP, DeepSpeed, Lightning; else the file is the state dict (FSDP)
+KINDS = {
+    "gpt": "a causal GPT",
+    "ordered-gpt": "a causal GPT with an OrderHead",
+    "masked": "a masked bidirectional model",
+    "oracle": "an oracle classifier",
+}
 log = logging.getLogger("orderlab")
 
 
@@ -61,11 +69,36 @@ def load_gpt(file: str | Path, *, heads: int | None = None, grid: tuple[int, int
     `heads` and `grid` are needed only where neither the header nor a LlamaGen preset tells them; `grid` overrides a preset
     (the 384-pixel models share their shapes with the 256-pixel ones). Raises `UserError` for a file that does not fit.
     """
+    return _gpt(read_weights(file), file, heads, grid)
+
+
+def load_masked(file: str | Path) -> MaskedModel:
+    """Load a masked model from our export, in eval mode, fp32, on the CPU. Raises `UserError` for any other file."""
+    return _masked(read_weights(file), file)
+
+
+def load_model(file: str | Path) -> GPT | MaskedModel:
+    """Load a checkpoint that generates as the model it is: causal or masked."""
     weights = read_weights(file)
+    return _masked(weights, file) if kind_of(weights) == "masked" else _gpt(weights, file)
+
+
+def _gpt(weights: WeightFile, file: str | Path, heads: int | None = None, grid: tuple[int, int] | None = None) -> GPT:
+    check_kind(weights, "gpt", file)
     if weights.dropped:
         log.info("%s: dropped %d entries that are no weights (%s, ...)", file, len(weights.dropped), weights.dropped[0])
     config = _config_from_header(weights, file) or _config_from_shapes(weights, file, heads, grid)
     model = GPT(config, device="meta").to_empty(device="cpu")
+    load_state(model, weights.tensors, file)
+    return model.eval()
+
+
+def _masked(weights: WeightFile, file: str | Path) -> MaskedModel:
+    check_kind(weights, "masked", file)
+    config = _config_from_header(weights, file)
+    if config is None:
+        raise UserError(f"checkpoint {file}: its header holds no config")
+    model = MaskedModel(config, device="meta").to_empty(device="cpu")
     load_state(model, weights.tensors, file)
     return model.eval()
 
@@ -132,6 +165,32 @@ LLAMAGEN_DROPOUTS = {"token_dropout": "token_dropout_p", "residual_dropout": "re
 
 def save_gpt(model: GPT, file: str | Path, *, state: dict[str, Tensor] | None = None, header: Mapping[str, object] | None = None) -> None:
     """Write weights (of the model, or `state` in its place) and config as safetensors, atomically."""
-    metadata = {"orderlab.model": model.config.model_dump_json()}
-    metadata |= {f"orderlab.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in (header or {}).items()}
-    save_weights(file, state or model.state_dict(), metadata)
+    save_checkpoint(file, "gpt", state or model.state_dict(), {"model": model.config}, header or {})
+
+
+def save_masked(
+    model: MaskedModel, file: str | Path, *, state: dict[str, Tensor] | None = None, header: Mapping[str, object] | None = None
+) -> None:
+    """The same for a masked model."""
+    save_checkpoint(file, "masked", state or model.state_dict(), {"model": model.config}, header or {})
+
+
+def save_checkpoint(
+    file: str | Path, kind: str, state: Mapping[str, Tensor], configs: Mapping[str, Frozen], header: Mapping[str, object]
+) -> None:
+    """Write a model of any kind: what it is, its configs by name, and a free header of strings or what JSON can hold."""
+    metadata = {"orderlab.kind": kind} | {f"orderlab.{name}": config.model_dump_json() for name, config in configs.items()}
+    metadata |= {f"orderlab.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
+    save_weights(file, state, metadata)
+
+
+def kind_of(weights: WeightFile) -> str:
+    """What a checkpoint holds, one of `KINDS`; files without a word about it are LlamaGen's GPTs or early ones of ours."""
+    return weights.header.get("orderlab.kind", "gpt")
+
+
+def check_kind(weights: WeightFile, kind: str, file: str | Path) -> None:
+    """Raises `UserError` where a checkpoint holds another kind of model."""
+    found = kind_of(weights)
+    if found != kind:
+        raise UserError(f"checkpoint {file} holds {KINDS.get(found, f'an unknown model ({found})')}; expected {KINDS[kind]}")
