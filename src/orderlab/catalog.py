@@ -79,6 +79,16 @@ class Row:
     def label(self) -> str:
         return self.id.split("/")[1]
 
+    @property
+    def path(self) -> str | None:
+        """The order that every image takes; None where it differs from image to image."""
+        return None if self.sampler.startswith(("unmask-random", "unmask-confidence")) else self.order
+
+    @property
+    def likelihood(self) -> str | None:
+        """The order whose likelihood is the row's: its path, or "any-order" where each image draws its own; else None."""
+        return "any-order" if self.sampler.startswith("unmask-random") else self.path
+
 
 NEXT_TOKEN, VIT_B, HEAD_OF_THE_STUDY = AutoregressiveTask(), OracleTask(), OrderHeadConfig()
 
@@ -165,6 +175,8 @@ TABLES = {
     "ours-schedule": "Ours: other shares of random, anneal and raster; RAR from a raster model",
     "ours-target": "Ours: the target embedding fed at inference too",
     "ours-any-order": "Ours: RAR at the end of its random phase, under nine orders",
+    "8-context": "A bidirectional masked model on the same tokens and budget (IN-100)",
+    "ours-masked": "Ours: the masked model by sampler and number of steps",
 }
 
 # fmt: off
@@ -229,6 +241,13 @@ ROWS: tuple[Row, ...] = (
     *(
         Row(f"ours-any-order/{order.replace(':', '-seed')}", "IN-100", "rar-300", order, Source(), checkpoint="random-end", target=True)
         for order in ("raster", "zigzag", "diagonal", "stride-2", "spiral", "column-major", "center-spiral", "reverse", "random:0")
+    ),
+    # Section 8: MAR's column, which the study leaves empty ("different arch"), with the number of steps that MAR uses; then by sampler and steps.
+    Row("8-context/mar",                    "IN-100", "masked", "random", Source(), sampler="unmask-random-64", is_headline=True),
+    *(
+        Row(f"ours-masked/masked-{kind}-{steps}", "IN-100", "masked", kind, Source(), sampler=f"unmask-{kind}-{steps}")
+        for kind in ("random", "confidence", "halton")
+        for steps in (8, 16, 32, 64)
     ),
 )
 

@@ -15,8 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from orderlab.catalog import H100_TFLOPS, SOURCE_HOURS, Scale
 from orderlab.config import GPTConfig, RunConfig, SampleConfig
+from orderlab.config_tasks import MaskedTask
 from orderlab.cost_memory import block_bytes, head_bytes
+from orderlab.evaluate.likelihood import MASKED_IMAGES
+from orderlab.models.backbone import Backbone
 from orderlab.models.gpt import GPT
+from orderlab.models.masked import MaskedModel
+from orderlab.order.masks import mask_counts
+from orderlab.runtime.keys import generator
+from orderlab.sampling.unmask import METHODS, reveal_counts
 
 GIB = 2**30
 TRAINING_IMAGES = {100: 126_689, 1000: 1_281_167}  # of ImageNet-100 and ImageNet-1K
@@ -33,6 +40,29 @@ def forward_flops(config: GPTConfig, slots: int) -> int:
     return counter.get_total_flops()
 
 
+@lru_cache(maxsize=32)
+def masked_flops(config: GPTConfig) -> int:
+    """FLOPs of one pass of the masked model over one image, without the head."""
+    with torch.device("meta"):
+        model = MaskedModel(config, device="meta").eval()
+        tokens_BP = torch.zeros(1, config.positions, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model.hidden(torch.zeros(1, dtype=torch.long), tokens_BP, torch.ones_like(tokens_BP, dtype=torch.bool))
+    return counter.get_total_flops()
+
+
+def _training_flops(config: RunConfig) -> float:
+    """FLOPs of forward and backward pass of one image; a masked model's head sees masked tokens alone, on average so many."""
+    if not isinstance(config.task, MaskedTask):
+        return 3 * forward_flops(config.model, config.model.positions)
+    masked = mask_counts(config.task.ratio, 10_000, config.model.positions, generator("cost")).double().mean()
+    return 3 * (masked_flops(config.model) + 2 * config.model.dim * config.model.vocabulary * float(masked))
+
+
+def _on_meta(config: RunConfig) -> Backbone:
+    return (MaskedModel if isinstance(config.task, MaskedTask) else GPT)(config.model, device="meta")
+
+
 def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool) -> float:
     """Bytes on one device at the end of the forward pass of `micro_batch` images, the peak of a step.
 
@@ -40,7 +70,7 @@ def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool) -> f
     pass needs of each block, embedding and head; the gradient of the logits.
     """
     model, is_bf16 = config.model, config.precision == "bf16"
-    parameters = GPT(model, device="meta").parameter_count()
+    parameters = _on_meta(config).parameter_count()
     copies = 4 + bool(config.optim.ema)
     logits = model.positions * model.vocabulary * (6 if is_bf16 else 4)
     image = model.layers * block_bytes(model.dim, model.heads, model.ffn_dim, model.grid, is_bf16, is_compiled)
@@ -50,8 +80,8 @@ def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool) -> f
 
 def training_cost(config: RunConfig, scale: Scale) -> dict[str, Any]:
     """Parameters, steps, FLOPs, memory of one device, disk and hours of one training run."""
-    parameters = GPT(config.model, device="meta").parameter_count()
-    flops = 3 * forward_flops(config.model, config.model.positions) * config.images
+    parameters = _on_meta(config).parameter_count()
+    flops = _training_flops(config) * config.images
     share = -(-config.batch // scale.gpus)
     micro = min(config.micro_batch or share, share)
     memory = {"memory_gib": training_memory(config, micro, config.compile) / GIB}
@@ -94,8 +124,10 @@ def _source_hours(config: RunConfig, scale: Scale, flops: float) -> dict[str, An
 
 
 def sampling_flops(model: GPTConfig, config: SampleConfig) -> float:
-    """FLOPs of a sample set: one slot a step with the KV cache, the whole prefix a step with the full forward."""
+    """FLOPs of a sample set: one slot a step with the KV cache, the whole prefix with the full forward, all slots with a masked model."""
     positions, rows = model.positions, 2 if config.guidance > 1 else 1
+    if config.method[0] in METHODS:
+        return _unmasking_flops(model, config) * rows * config.images
     whole = forward_flops(model, positions)
     if config.sampler != "full-forward" or positions < 2:
         per_row = float(whole)
@@ -108,22 +140,32 @@ def sampling_flops(model: GPTConfig, config: SampleConfig) -> float:
     return per_row * rows * config.images
 
 
+def _unmasking_flops(model: GPTConfig, config: SampleConfig) -> float:
+    """FLOPs of one image and branch: T passes, and the head once a token, or on all masked tokens where confidence chooses."""
+    name, steps = config.method
+    counts = reveal_counts(model.positions, steps, METHODS[name])
+    asked = sum(model.positions - sum(counts[:step]) for step in range(steps)) if name == "unmask-confidence" else model.positions
+    return float(steps * masked_flops(model) + 2 * model.dim * model.vocabulary * asked)
+
+
 def sampling_cost(model: GPTConfig, config: SampleConfig, scale: Scale) -> dict[str, Any]:
     """Steps, FLOPs, cache memory, disk and hours of one sample set."""
     rows = config.batch * (2 if config.guidance > 1 else 1)
     cache = 2 * rows * model.layers * model.dim * model.positions * 4
     flops = sampling_flops(model, config)
     batches = -(-config.images // config.batch)
-    traffic = 4 * batches * model.positions * _matrix_parameters(model)
-    if config.sampler != "full-forward":
+    steps = config.method[1] if config.method[0] in METHODS else model.positions
+    has_cache = config.sampler != "full-forward" and config.method[0] not in METHODS
+    traffic = 4 * batches * steps * _matrix_parameters(model)
+    if has_cache:
         traffic += batches * model.positions * cache // 2  # half of it is live on average
     hours = _hours(flops, scale)
     by_traffic = traffic / (scale.memory_tbs * 1e12) / 3600
     return {
         "images": config.images,
-        "steps": model.positions,
+        "steps": steps,
         "sampling_pflop": flops / 1e15,
-        "cache_gib": cache / GIB if config.sampler != "full-forward" else 0.0,
+        "cache_gib": cache / GIB if has_cache else 0.0,
         "disk_gib": config.images * model.positions * 2 / GIB,
         "hours": max(hours["hours"], by_traffic),
         "hours_note": f"{hours['hours_note']}; no less than reading weights and cache at each step takes at {scale.memory_tbs:g} TB/s: a lower bound",
@@ -136,11 +178,16 @@ def _matrix_parameters(model: GPTConfig) -> int:
     return GPT(model, device="meta").parameter_count() - tables
 
 
-def likelihood_cost(model: GPTConfig, images: int, orders: int, scale: Scale) -> dict[str, Any]:
-    """Exact NLL: one forward pass an image and order."""
-    flops = forward_flops(model, model.positions) * images * orders
+def likelihood_cost(config: RunConfig, images: int, orders: int, scale: Scale) -> dict[str, Any]:
+    """Exact NLL: one forward pass an image and order, of a masked model one for each token."""
+    model = config.model
+    if isinstance(config.task, MaskedTask):
+        images = min(images, MASKED_IMAGES)
+        flops = float(model.positions * (masked_flops(model) + 2 * model.dim * model.vocabulary)) * images * orders
+    else:
+        flops = float(forward_flops(model, model.positions)) * images * orders
     return {
-        "parameters": GPT(model, device="meta").parameter_count(),
+        "parameters": _on_meta(config).parameter_count(),
         "images": images,
         "orders": orders,
         "pflop": flops / 1e15,

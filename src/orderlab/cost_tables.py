@@ -85,7 +85,11 @@ def _flops_per_image(model: GPTConfig) -> dict[str, dict[str, float]]:
             "full forward": full + whole + head + CANDIDATES * (full + whole),
             "KV cache": cached + whole + head + CANDIDATES * (cached + whole),
         },
-        masked: {f"{UNMASKING_STEPS} steps": 2.0 * UNMASKING_STEPS * whole},
+        masked: {
+            f"{UNMASKING_STEPS} steps": sampling_flops(
+                model, SampleConfig(sampler=f"unmask-random-{UNMASKING_STEPS}", order="random", images=1)
+            )
+        },
     }
 
 

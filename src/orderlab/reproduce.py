@@ -55,15 +55,14 @@ class Plan:
 
     def is_done(self, row: Row) -> bool:
         folder = run_folder(self.runs, row.run, self.scale, self.seed)
-        if folder.status()["state"] != "trained" or not (folder.root / "nll.json").exists():
+        if folder.status()["state"] != "trained" or (row.likelihood and not (folder.root / "nll.json").exists()):
             return False
         names = {sample.sample_name(variant.sample, variant.checkpoint) for variant in variants(row, self.scale, self.seed)}
         if self.is_scored_here:
             found = set(read_json(folder.scores)) if folder.scores.exists() else set()
         else:
             found = {file.parent.name for file in folder.samples.glob("*/sample.json")}
-        key = likelihood.result_key(row.order, row.checkpoint, row.target)
-        return names <= found and key in read_json(folder.root / "nll.json")
+        return names <= found and (row.likelihood is None or _nll_key(row) in read_json(folder.root / "nll.json"))
 
 
 def run(plan: Plan, console: Console | None = None) -> Path | None:
@@ -179,7 +178,8 @@ def _carry_out(row: Row, plan: Plan, console: Console, title: str) -> None:
     for out in _sample(row, plan, console, title):
         if plan.is_scored_here:
             score.run(folder.root, samples=[out.name])
-    likelihood.run(folder.root, [row.order], checkpoint=row.checkpoint, target=row.target)
+    if row.likelihood is not None:
+        likelihood.run(folder.root, [row.likelihood], checkpoint=row.checkpoint, target=row.target)
     console.say(_line(row, plan))
 
 
@@ -193,18 +193,21 @@ def _sample(row: Row, plan: Plan, console: Console, title: str) -> Iterator[Path
 
 def _line(row: Row, plan: Plan) -> str:
     folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
-    key = likelihood.result_key(row.order, row.checkpoint, row.target)
-    nll = read_json(folder.root / "nll.json")[key]["nll_per_token"]
+    nll = "" if row.likelihood is None else f"{read_json(folder.root / 'nll.json')[_nll_key(row)]['nll_per_token']:.3f}"
     paper = f"{row.source.fid:g}" if row.source.fid is not None else ""
     if not plan.is_scored_here:
-        return f"{row.id:<45} NLL {nll:6.3f}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}".rstrip()
+        return f"{row.id:<45} NLL {nll:>6}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}".rstrip()
     scored = read_json(folder.scores)[sample.sample_name(sample_config(row, plan.scale, plan.seed), row.checkpoint)]
     values = {record["metric"]: record for record in scored["records"]}
     distance, agreement = values["FD-fashion"], values["label agreement"]["value"]
     return (
         f"{row.id:<45} FD-fashion {distance['value']:7.2f} ± {distance['standard_error']:.2f}"
-        f"  labels {agreement:4.0%}  NLL {nll:6.3f}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}"
+        f"  labels {agreement:4.0%}  NLL {nll:>6}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}"
     ).rstrip()
+
+
+def _nll_key(row: Row) -> str:
+    return likelihood.result_key(row.likelihood or row.order, row.checkpoint, row.target)
 
 
 def _print_table(plan: Plan, console: Console) -> None:

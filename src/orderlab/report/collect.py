@@ -53,7 +53,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
     configs = {run: resolve(run, scale.name, seed) for run in dict.fromkeys(row.run for row in rows)}
     first = next(iter(configs.values()))
     grid = first.model.grid
-    orders = list(dict.fromkeys(row.order for row in rows))
+    orders = list(dict.fromkeys(row.path for row in rows if row.path is not None))
     tables = [
         Table(
             id=table,
@@ -96,6 +96,14 @@ def _intro(table: str, scale: Scale) -> str:
         "5-fair": "Random orders annealed to raster against raster, at the same number of images seen.",
         "5-ablation": "What is left of RAR without its parts; the target embedding is never fed at inference, as in the study.",
         "ours-target": "The same checkpoints with the target embedding fed at inference.",
+        "8-context": (
+            "The study's MAR column is empty. Ours is a bidirectional masked model on the same tokens, trunk and budget, with one row of "
+            "parameters more (the mask token): MaskGIT's masks in training, MAR's random orders and cosine schedule in 64 steps."
+        ),
+        "ours-masked": (
+            "The same weights by sampler and number of steps: random orders (MAR, cosine schedule), the model's confidence with Gumbel noise "
+            "(MaskGIT, arccos), Halton's path (arccos). NLL of random rows is the mean over all orders; a confidence row has none."
+        ),
         "ours-any-order": "RAR's weights at the end of its random phase, the target embedding fed: one model, any order.",
     }
     return f"{intros.get(table, '')} {scale.sample_images:,} images a row, guidance 2.0.".strip()
@@ -141,7 +149,9 @@ def _metrics(row: Row, variant: Variant, scale: Scale, runs: Path, seed: int) ->
 
 
 def _nll(row: Row, scale: Scale, runs: Path, seed: int) -> Value | None:
-    key = result_key(row.order, row.checkpoint, row.target)
+    if row.likelihood is None:
+        return None
+    key = result_key(row.likelihood, row.checkpoint, row.target)
     found = [_json(run_folder(runs, row.run, scale, k).root / "nll.json").get(key) for k in _seeds(runs, row.run, scale, seed)]
     values = [Value(r["nll_per_token"], r["standard_error"], r["images"]) for r in found if r]
     return _over_seeds(values) if values else None
@@ -251,7 +261,7 @@ def _curves(folder: RunFolder, config: RunConfig) -> RunCurves | None:
         train_loss=[r["loss"] for r in train],
         validation_nll=[(r["images"], r["validation_nll"]) for r in folder.records("validation")],
         phases=phases if len(phases) > 1 else [],
-        order=getattr(config.policy, "order", "random"),
+        order="masked" if config.task.kind == "masked" else getattr(config.policy, "order", "random"),
     )
 
 

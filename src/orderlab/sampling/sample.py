@@ -22,14 +22,17 @@ from orderlab.config import SampleConfig
 from orderlab.data.imagenet import class_rows
 from orderlab.data.npz import FAULTS
 from orderlab.errors import UserError
-from orderlab.models.formats import load_gpt
+from orderlab.models.formats import load_model
 from orderlab.models.gpt import GPT
+from orderlab.models.masked import MaskedModel
 from orderlab.order.paths import path
 from orderlab.runtime.dist import World, world
 from orderlab.runtime.files import read_json, write_json
 from orderlab.runtime.keys import generator, image_seeds
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling.generate import generate
+from orderlab.sampling.unmask import METHODS as UNMASKING
+from orderlab.sampling.unmask import unmask_as
 
 
 class SampleSet:
@@ -97,17 +100,34 @@ def run(
     if not weights.exists():
         raise UserError(f"{weights} does not exist; train the run to its end first (its state is '{folder.status()['state']}')")
     with world() as here:
-        model = load_gpt(weights).to(here.device)
+        model = load_model(weights).to(here.device)
         classes_N = sample_classes(config, class_rows(folder.config().data, model.config.classes))
         seconds, timed = _sample_parts(model, config, classes_N, out, here, progress or (lambda done, total: None))
         here.barrier()
         if here.is_main:
             _join_parts(out, config, classes_N)
-            cost = {"seconds_per_image": seconds / timed if timed else None, "processes": here.size, "steps": model.config.positions}
+            cost = {"seconds_per_image": seconds / timed if timed else None, "processes": here.size, "steps": forward_passes(model, config)}
             meta = {"config": config.model_dump(), "checkpoint": checkpoint, "content": content_hash(out), **cost}
             write_json(out / "sample.json", meta)
         here.barrier()
     return out
+
+
+def forward_passes(model: GPT | MaskedModel, config: SampleConfig) -> int:
+    """Passes through the model that an image takes, both guidance branches in one."""
+    return config.method[1] if isinstance(model, MaskedModel) else model.config.positions
+
+
+def _generate(model: GPT | MaskedModel, config: SampleConfig, classes_B: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+    """One batch by the sampler of the config."""
+    if isinstance(model, MaskedModel):
+        return unmask_as(model, config, classes_B, seeds)
+    if config.method[0] in UNMASKING:
+        raise UserError(f"sampler {config.sampler} needs a masked model, and this run's is causal; expected kv-cache or full-forward")
+    options: dict[str, Any] = config.model_dump(
+        include={"guidance", "temperature", "top_k", "top_p", "sampler", "target", "guidance_schedule"}
+    )
+    return generate(model, classes_B, path(config.order, *model.config.grid), seeds=seeds, **options)
 
 
 def _parts(config: SampleConfig) -> int:
@@ -115,14 +135,10 @@ def _parts(config: SampleConfig) -> int:
 
 
 def _sample_parts(
-    model: GPT, config: SampleConfig, classes_N: np.ndarray, out: Path, here: World, progress: Callable[[int, int], None]
+    model: GPT | MaskedModel, config: SampleConfig, classes_N: np.ndarray, out: Path, here: World, progress: Callable[[int, int], None]
 ) -> tuple[float, int]:
     """Generate this process's missing batches; returns the seconds it took and the images it was for."""
     out.mkdir(parents=True, exist_ok=True)
-    order = path(config.order, *model.config.grid)
-    options: dict[str, Any] = config.model_dump(
-        include={"guidance", "temperature", "top_k", "top_p", "sampler", "target", "guidance_schedule"}
-    )
     seconds, timed = 0.0, 0
     for part in range(here.rank, _parts(config), here.size):
         file = out / f"part-{part:06d}.npy"
@@ -131,8 +147,7 @@ def _sample_parts(
             indices = np.arange(part * config.batch, (part + 1) * config.batch)
             classes_B = torch.from_numpy(classes_N[indices % config.images])
             clock = time.perf_counter()
-            seeds = image_seeds(config.seed, range(indices[0], indices[-1] + 1))
-            tokens_BP = generate(model, classes_B, order, seeds=seeds, **options)
+            tokens_BP = _generate(model, config, classes_B, image_seeds(config.seed, range(indices[0], indices[-1] + 1)))
             seconds, timed = seconds + time.perf_counter() - clock, timed + config.batch
             kept = tokens_BP[: config.images - part * config.batch].cpu().numpy().astype(np.uint16)
             temporary = file.with_suffix(".part")
