@@ -15,6 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from orderlab.config import (
+    LEARNED,
+    PATHLESS,
     AnnealedOrder,
     DataConfig,
     FixedOrder,
@@ -80,11 +82,23 @@ class Row:
         return self.id.split("/")[1]
 
     @property
+    def path(self) -> str | None:
+        """The order that every image takes; None where it differs from image to image."""
+        is_drawn = self.order in PATHLESS or self.sampler.startswith(("unmask-random", "unmask-confidence"))
+        return None if is_drawn else self.order
+
+    @property
     def likelihood_orders(self) -> list[str]:
-        """The orders its likelihood is measured in: its own first; an OrderHead's beside raster and random on the same checkpoint."""
-        if self.order == SHUFFLED:
-            return ["random:0"]
-        return [LEARNED, "raster", "random:0"] if self.order == LEARNED else [self.order]
+        """The orders its likelihood is measured in, its own first.
+
+        An OrderHead's stands beside raster and random on the same checkpoint; where each image draws its own, random order speaks
+        for all of a causal model, "any-order" is a masked model's mean; a masked model that follows its confidence has none.
+        """
+        if self.order == LEARNED:
+            return [LEARNED, "raster", "random:0"]
+        if self.sampler.startswith("unmask-random"):
+            return ["any-order"]
+        return [self.path] if self.path else [] if self.sampler.startswith("unmask") else ["random:0"]
 
 
 NEXT_TOKEN, VIT_B, HEAD_OF_THE_STUDY = AutoregressiveTask(), OracleTask(), OrderHeadConfig()
@@ -176,6 +190,8 @@ TABLES = {
     "ours-schedule": "Ours: other shares of random, anneal and raster; RAR from a raster model",
     "ours-target": "Ours: the target embedding fed at inference too",
     "ours-any-order": "Ours: RAR at the end of its random phase, under nine orders",
+    "8-context": "A bidirectional masked model on the same tokens and budget (IN-100)",
+    "ours-masked": "Ours: the masked model by sampler and number of steps",
 }
 
 # fmt: off
@@ -261,6 +277,13 @@ ROWS: tuple[Row, ...] = (
     *(
         Row(f"ours-any-order/{order.replace(':', '-seed')}", "IN-100", "rar-300", order, Source(), checkpoint="random-end", target=True)
         for order in ("raster", "zigzag", "diagonal", "stride-2", "spiral", "column-major", "center-spiral", "reverse", "random:0")
+    ),
+    # Section 8: MAR's column, which the study leaves empty ("different arch"), with the number of steps that MAR uses; then by sampler and steps.
+    Row("8-context/mar",                    "IN-100", "masked", "random", Source(), sampler="unmask-random-64", is_headline=True),
+    *(
+        Row(f"ours-masked/masked-{kind}-{steps}", "IN-100", "masked", kind, Source(), sampler=f"unmask-{kind}-{steps}")
+        for kind in ("random", "confidence", "halton")
+        for steps in (8, 16, 32, 64)
     ),
 )
 

@@ -7,9 +7,10 @@ seen, so that batch size and number of processes change nothing else.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from orderlab.config_tasks import AutoregressiveTask, OrderHeadTask, Task
 from orderlab.frozen import Frozen
@@ -236,7 +237,7 @@ class SampleConfig(Frozen):
     top_k: int = Field(0, ge=0)
     """Keep the k largest logits; 0 keeps all."""
     top_p: float = Field(1.0, gt=0, le=1)
-    sampler: str = Field("kv-cache", pattern=SAMPLERS)
+    sampler: str = "kv-cache"
     """kv-cache, kv-cache-static, full-forward; best-of-N; fast, slow, semifast-N, phases-N of an OrderHead; unmask-KIND-T."""
     rescore: Literal["likelihood", "oracle"] = "likelihood"
     """What chooses among candidates: their mean log-likelihood, or the oracle's probability of the true class."""
@@ -246,6 +247,23 @@ class SampleConfig(Frozen):
     batch: int = Field(250, ge=1)
     """Images generated at a time; changes nothing but speed and memory."""
     seed: int = Field(0, ge=0)
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, sampler: str) -> str:
+        if not re.fullmatch(SAMPLERS, sampler):
+            raise ValueError(
+                "unknown sampler; expected kv-cache, kv-cache-static, full-forward, fast, slow, semifast-N, phases-N, best-of-N, "
+                "unmask-random-T, unmask-confidence-T or unmask-halton-T, N and T at least 1"
+            )
+        return sampler
+
+    @model_validator(mode="after")
+    def _order_of_the_sampler(self) -> SampleConfig:
+        kind = self.method[0].removeprefix("unmask-")
+        if self.method[0].startswith("unmask-") and self.order != kind:
+            raise ValueError(f"sampler {self.sampler} reveals tokens in its own order, {kind}; order {self.order} does not fit it")
+        return self
 
     @property
     def method(self) -> tuple[str, int]:

@@ -6,34 +6,25 @@ FLOPs come from `FlopCounterMode` on meta tensors (on the CPU it misses attentio
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from orderlab import cost_tasks
 from orderlab.catalog import H100_TFLOPS, SOURCE_HOURS, Scale
 from orderlab.config import LEARNED, GPTConfig, RunConfig, SampleConfig
-from orderlab.config_tasks import OracleTask
+from orderlab.config_tasks import MaskedTask, OracleTask
 from orderlab.cost_memory import block_bytes, head_bytes
+from orderlab.cost_tasks import forward_flops, masked_flops, parameters_of, training_flops, unmasking_flops
+from orderlab.evaluate.likelihood import MASKED_IMAGES
 from orderlab.models.gpt import GPT
 from orderlab.models.oracle import Oracle, oracle_sizes
+from orderlab.sampling.methods import decoded_images, passes_beside
+from orderlab.sampling.unmask import METHODS
 
 GIB = 2**30
 TRAINING_IMAGES = {100: 126_689, 1000: 1_281_167}  # of ImageNet-100 and ImageNet-1K
-
-
-@lru_cache(maxsize=32)
-def forward_flops(config: GPTConfig, slots: int) -> int:
-    """FLOPs of one forward pass over one image's first `slots` steps, head included for every slot."""
-    with torch.device("meta"):
-        model = GPT(config, device="meta").eval()
-        inputs = torch.zeros(1, dtype=torch.long), torch.zeros(1, slots, dtype=torch.long), torch.zeros(1, slots, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
-            model(*inputs, target=False)
-    return counter.get_total_flops()
 
 
 def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool) -> float:
@@ -43,7 +34,7 @@ def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool) -> f
     pass needs of each block, embedding and head; the gradient of the logits.
     """
     model, is_bf16 = config.model, config.precision == "bf16"
-    parameters = cost_tasks.parameters(config)
+    parameters = parameters_of(config)
     copies = 4 + bool(config.optim.ema)
     logits = model.positions * model.vocabulary * (6 if is_bf16 else 4)
     image = model.layers * block_bytes(model.dim, model.heads, model.ffn_dim, model.grid, is_bf16, is_compiled)
@@ -55,8 +46,8 @@ def training_cost(config: RunConfig, scale: Scale) -> dict[str, Any]:
     """Parameters, steps, FLOPs, memory of one device, disk and hours of one training run."""
     if isinstance(config.task, OracleTask):
         return oracle_cost(config, config.task, scale)
-    parameters = cost_tasks.parameters(config)
-    flops = cost_tasks.training_flops(config, forward_flops(config.model, config.model.positions)) * config.images
+    parameters = parameters_of(config)
+    flops = training_flops(config) * config.images
     share = -(-config.batch // scale.gpus)
     micro = min(config.micro_batch or share, share)
     memory = {"memory_gib": training_memory(config, micro, config.compile) / GIB}
@@ -99,8 +90,10 @@ def _source_hours(config: RunConfig, scale: Scale, flops: float) -> dict[str, An
 
 
 def sampling_flops(model: GPTConfig, config: SampleConfig) -> float:
-    """FLOPs of a sample set: one slot a step with the KV cache, the whole prefix a step with the full forward."""
+    """FLOPs of a sample set: one slot a step with the KV cache, the whole prefix with the full forward, all slots with a masked model."""
     positions, rows = model.positions, 2 if config.guidance > 1 else 1
+    if config.method[0] in METHODS:
+        return unmasking_flops(model, config) * rows * config.images
     whole = forward_flops(model, positions)
     if config.sampler != "full-forward" or positions < 2:
         per_row = float(whole)
@@ -110,27 +103,29 @@ def sampling_flops(model: GPTConfig, config: SampleConfig) -> float:
         b = (last - positions * first) / (positions * (positions - 1))
         a = first - b
         per_row = a * positions * (positions + 1) / 2 + b * positions * (positions + 1) * (2 * positions + 1) / 6 + head * positions
-    made, beside = cost_tasks.images_made(config), cost_tasks.passes_beside(config, positions)
+    made, beside = decoded_images(config), passes_beside(config, positions)
     return (per_row * rows * made + whole * beside) * config.images
 
 
 def sampling_cost(model: GPTConfig, config: SampleConfig, scale: Scale) -> dict[str, Any]:
     """Steps, FLOPs, cache memory, disk and hours of one sample set."""
-    candidates = max(1, cost_tasks.images_made(config) - (config.order == LEARNED))
+    candidates = max(1, decoded_images(config) - (config.order == LEARNED))
     rows = config.batch * (2 if config.guidance > 1 else 1) * candidates
     cache = 2 * rows * model.layers * model.dim * model.positions * 4
     flops = sampling_flops(model, config)
     batches = -(-config.images // config.batch)
-    traffic = 4 * batches * model.positions * _matrix_parameters(model)
-    if config.sampler != "full-forward":
+    steps = config.method[1] if config.method[0] in METHODS else model.positions
+    has_cache = config.sampler != "full-forward" and config.method[0] not in METHODS
+    traffic = 4 * batches * steps * _matrix_parameters(model)
+    if has_cache:
         traffic += batches * model.positions * cache // 2  # half of it is live on average
     hours = _hours(flops, scale)
     by_traffic = traffic / (scale.memory_tbs * 1e12) / 3600
     return {
         "images": config.images,
-        "steps": model.positions,
+        "steps": steps,
         "sampling_pflop": flops / 1e15,
-        "cache_gib": cache / GIB if config.sampler != "full-forward" else 0.0,
+        "cache_gib": cache / GIB if has_cache else 0.0,
         "disk_gib": config.images * model.positions * 2 / GIB,
         "hours": max(hours["hours"], by_traffic),
         "hours_note": f"{hours['hours_note']}; no less than reading weights and cache at each step takes at {scale.memory_tbs:g} TB/s: a lower bound",
@@ -143,11 +138,16 @@ def _matrix_parameters(model: GPTConfig) -> int:
     return GPT(model, device="meta").parameter_count() - tables
 
 
-def likelihood_cost(model: GPTConfig, images: int, orders: int, scale: Scale) -> dict[str, Any]:
-    """Exact NLL: one forward pass an image and order."""
-    flops = forward_flops(model, model.positions) * images * orders
+def likelihood_cost(config: RunConfig, images: int, orders: int, scale: Scale) -> dict[str, Any]:
+    """Exact NLL: one forward pass an image and order, of a masked model one for each token."""
+    model = config.model
+    if isinstance(config.task, MaskedTask):
+        images = min(images, MASKED_IMAGES)
+        flops = float(model.positions * (masked_flops(model) + 2 * model.dim * model.vocabulary)) * images * orders
+    else:
+        flops = float(forward_flops(model, model.positions)) * images * orders
     return {
-        "parameters": GPT(model, device="meta").parameter_count(),
+        "parameters": parameters_of(config),
         "images": images,
         "orders": orders,
         "pflop": flops / 1e15,

@@ -9,7 +9,8 @@ from typing import Any
 
 from orderlab.catalog import RECIPES, SOURCE_COSTS, SOURCE_INFERENCE, Scale, resolve
 from orderlab.config import GPTConfig, SampleConfig
-from orderlab.cost import forward_flops, sampling_cost, sampling_flops, training_cost
+from orderlab.cost import sampling_cost, sampling_flops, training_cost
+from orderlab.cost_tasks import forward_flops
 
 ORDER_HEAD = 3_459_841  # parameters, nearly all of them in matrices
 CANDIDATES = 8  # of semifast-8
@@ -85,7 +86,11 @@ def _flops_per_image(model: GPTConfig) -> dict[str, dict[str, float]]:
             "full forward": full + whole + head + CANDIDATES * (full + whole),
             "KV cache": cached + whole + head + CANDIDATES * (cached + whole),
         },
-        masked: {f"{UNMASKING_STEPS} steps": 2.0 * UNMASKING_STEPS * whole},
+        masked: {
+            f"{UNMASKING_STEPS} steps": sampling_flops(
+                model, SampleConfig(sampler=f"unmask-random-{UNMASKING_STEPS}", order="random", images=1)
+            )
+        },
     }
 
 

@@ -1,4 +1,6 @@
-"""What the tasks beside plain next-token prediction add to a cost: parameters, and passes of the GPT an image."""
+"""Parameters and FLOPs of what each task trains and samples, counted on the meta device."""
+
+# P grid position
 
 from __future__ import annotations
 
@@ -8,20 +10,35 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from orderlab.config import GPTConfig, RunConfig, SampleConfig
-from orderlab.config_tasks import OrderHeadConfig, OrderHeadTask
+from orderlab.config_tasks import MaskedTask, OrderHeadConfig, OrderHeadTask
 from orderlab.models.gpt import GPT
+from orderlab.models.masked import MaskedModel
 from orderlab.models.order_head import ScoredOrdering
-
-
-def parameters(config: RunConfig) -> int:
-    """All parameters of a run's model."""
-    body = gpt_parameters(config.model)
-    return body + order_head(config.task.head)[0] if isinstance(config.task, OrderHeadTask) else body
+from orderlab.order.masks import mask_counts
+from orderlab.runtime.keys import generator
+from orderlab.sampling.unmask import METHODS, reveal_counts
 
 
 @lru_cache(maxsize=32)
-def gpt_parameters(config: GPTConfig) -> int:
-    return GPT(config, device="meta").parameter_count()
+def forward_flops(config: GPTConfig, slots: int) -> int:
+    """FLOPs of one forward pass over one image's first `slots` steps, head included for every slot."""
+    with torch.device("meta"):
+        model = GPT(config, device="meta").eval()
+        inputs = torch.zeros(1, dtype=torch.long), torch.zeros(1, slots, dtype=torch.long), torch.zeros(1, slots, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs, target=False)
+    return counter.get_total_flops()
+
+
+@lru_cache(maxsize=32)
+def masked_flops(config: GPTConfig) -> int:
+    """FLOPs of one pass of the masked model over one image, without the head."""
+    with torch.device("meta"):
+        model = MaskedModel(config, device="meta").eval()
+        tokens_BP = torch.zeros(1, config.positions, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model.hidden(torch.zeros(1, dtype=torch.long), tokens_BP, torch.ones_like(tokens_BP, dtype=torch.bool))
+    return counter.get_total_flops()
 
 
 @lru_cache(maxsize=8)
@@ -34,26 +51,32 @@ def order_head(config: OrderHeadConfig) -> tuple[int, int]:
     return sum(p.numel() for p in head.parameters()), counter.get_total_flops()
 
 
-def training_flops(config: RunConfig, forward: int) -> float:
-    """FLOPs an image of training, given those of the GPT's forward pass: a backward pass counts twice that.
+def parameters_of(config: RunConfig) -> int:
+    """All parameters of the image model that a run trains."""
+    body = (MaskedModel if isinstance(config.task, MaskedTask) else GPT)(config.model, device="meta").parameter_count()
+    return body + order_head(config.task.head)[0] if isinstance(config.task, OrderHeadTask) else body
 
-    An OrderHead adds its own pass and the raster pass whose states it scores; a frozen body is spared its weights' gradients, and
-    one that learns from the oracle alone is only looked at.
+
+def training_flops(config: RunConfig) -> float:
+    """FLOPs an image of training; a backward pass counts twice the forward pass.
+
+    A masked model's head sees masked tokens alone. An OrderHead adds its own pass and the raster pass whose states it scores; a
+    frozen body is spared its weights' gradients, and one that learns from the oracle alone is only looked at.
     """
-    task = config.task
+    model, task = config.model, config.task
+    if isinstance(task, MaskedTask):
+        masked = mask_counts(task.ratio, 10_000, model.positions, generator("cost")).double().mean()
+        return 3 * (masked_flops(model) + 2 * model.dim * model.vocabulary * float(masked))
+    forward = forward_flops(model, model.positions)
     if not isinstance(task, OrderHeadTask):
         return 3 * forward
     second = 1 if not task.has_generation_loss else 2 if task.is_body_frozen else 3
     return (1 + second) * forward + 3 * order_head(task.head)[1]
 
 
-def images_made(config: SampleConfig) -> float:
-    """Images decoded for each that is kept: a learned order needs a draft, a choice its candidates."""
-    name, number = config.method
-    return {"best-of": number, "semifast": 1 + number, "fast": 2, "phases": 2, "slow": 2}.get(name, 1)
-
-
-def passes_beside(config: SampleConfig, positions: int) -> float:
-    """Teacher-forced passes for each image that is kept: states to score, and candidates to choose from."""
-    name, number = config.method
-    return {"best-of": number, "semifast": 1 + number, "fast": 1, "phases": number, "slow": positions}.get(name, 0)
+def unmasking_flops(model: GPTConfig, config: SampleConfig) -> float:
+    """FLOPs of one image and branch: T passes, and the head once a token, or on all masked tokens where confidence chooses."""
+    name, steps = config.method
+    counts = reveal_counts(model.positions, steps, METHODS[name])
+    asked = sum(model.positions - sum(counts[:step]) for step in range(steps)) if name == "unmask-confidence" else model.positions
+    return float(steps * masked_flops(model) + 2 * model.dim * model.vocabulary * asked)

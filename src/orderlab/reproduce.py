@@ -20,6 +20,7 @@ from orderlab.report.collect import collect, run_folder
 from orderlab.runtime.console import Console, is_main_process
 from orderlab.runtime.dist import world
 from orderlab.runtime.files import read_json
+from orderlab.runtime.run import RunFolder
 from orderlab.sampling import sample
 from orderlab.training import loop
 
@@ -55,7 +56,7 @@ class Plan:
 
     def is_done(self, row: Row) -> bool:
         folder = run_folder(self.runs, row.run, self.scale, self.seed)
-        if folder.status()["state"] != "trained" or not (folder.root / "nll.json").exists():
+        if folder.status()["state"] != "trained":
             return False
         names = {sample.sample_name(variant.sample, variant.checkpoint) for variant in variants(row, self.scale, self.seed)}
         if self.is_scored_here:
@@ -63,7 +64,7 @@ class Plan:
         else:
             found = {file.parent.name for file in folder.samples.glob("*/sample.json")}
         keys = {likelihood.result_key(order, row.checkpoint, row.target) for order in row.likelihood_orders}
-        return names <= found and keys <= set(read_json(folder.root / "nll.json"))
+        return names <= found and keys <= set(_likelihoods(folder))
 
 
 def run(plan: Plan, console: Console | None = None) -> Path | None:
@@ -193,18 +194,23 @@ def _sample(row: Row, plan: Plan, console: Console, title: str) -> Iterator[Path
 
 def _line(row: Row, plan: Plan) -> str:
     folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
-    key = likelihood.result_key(row.likelihood_orders[0], row.checkpoint, row.target)
-    nll = read_json(folder.root / "nll.json")[key]["nll_per_token"]
+    keys = [likelihood.result_key(order, row.checkpoint, row.target) for order in row.likelihood_orders[:1]]
+    nll = "".join(f"{_likelihoods(folder)[key]['nll_per_token']:.3f}" for key in keys)
     paper = f"{row.source.fid:g}" if row.source.fid is not None else ""
     if not plan.is_scored_here:
-        return f"{row.id:<45} NLL {nll:6.3f}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}".rstrip()
+        return f"{row.id:<45} NLL {nll:>6}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}".rstrip()
     scored = read_json(folder.scores)[sample.sample_name(sample_config(row, plan.scale, plan.seed), row.checkpoint)]
     values = {record["metric"]: record for record in scored["records"]}
     distance, agreement = values["FD-fashion"], values["label agreement"]["value"]
     return (
         f"{row.id:<45} FD-fashion {distance['value']:7.2f} ± {distance['standard_error']:.2f}"
-        f"  labels {agreement:4.0%}  NLL {nll:6.3f}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}"
+        f"  labels {agreement:4.0%}  NLL {nll:>6}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}"
     ).rstrip()
+
+
+def _likelihoods(folder: RunFolder) -> dict[str, Any]:
+    file = folder.root / "nll.json"
+    return read_json(file) if file.exists() else {}
 
 
 def _print_table(plan: Plan, console: Console) -> None:

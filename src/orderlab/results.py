@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orderlab.config import RunConfig
-from orderlab.models.formats import load_gpt
-from orderlab.models.gpt import GPT
+from orderlab.models.checkpoints import ImageModel, load_model
 from orderlab.runtime.files import read_json
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling.sample import SampleSet
@@ -28,9 +27,9 @@ class Run:
     scores: dict[str, Any]
     """By sample set: its settings and its metric records."""
 
-    def model(self, checkpoint: str = "final") -> GPT:
+    def model(self, checkpoint: str = "final") -> ImageModel:
         """The weights called `checkpoint` ("final" or "final-ema"), in eval mode on the CPU."""
-        return load_gpt(self.folder / "checkpoints" / f"{checkpoint}.safetensors")
+        return load_model(self.folder / "checkpoints" / f"{checkpoint}.safetensors")
 
     def samples(self) -> dict[str, SampleSet]:
         """The finished sample sets by name."""

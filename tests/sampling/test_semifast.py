@@ -8,11 +8,12 @@ from orderlab.config import GPTConfig, SampleConfig
 from orderlab.config_tasks import OrderHeadConfig, OrderHeadTask
 from orderlab.errors import UserError
 from orderlab.evaluate.likelihood import nll
+from orderlab.models.checkpoints import load_model
 from orderlab.models.ordered_gpt import OrderedGPT, load_ordered_gpt, save_ordered_gpt
 from orderlab.order.perm import in_two_groups, rank, remaining_by_score
 from orderlab.sampling import semifast
 from orderlab.sampling.generate import generate
-from orderlab.sampling.methods import load_model, method_for
+from orderlab.sampling.methods import method_for
 
 POSITIONS, FIRST = 16, 4
 SEEDS = [50, 51, 52]

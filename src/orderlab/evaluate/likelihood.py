@@ -1,7 +1,8 @@
-"""Exact negative log-likelihood of an image under any order, in one teacher-forced pass.
+"""Exact negative log-likelihood of an image under any order: no bound, no sampling, dropout off, no guidance, temperature 1.
 
-p(x | class, order) is the product over steps of the model's conditionals, so a causal model gives it exactly for every
-order: no bound, no sampling, dropout off, no guidance, temperature 1.
+p(x | class, order) is the product over steps of the model's conditionals. A causal model gives them all in one teacher-forced
+pass, a masked model one step at a time (`masked_likelihood.py`), so a masked run is measured on fewer images; its mean over
+all orders ("any-order") costs a few passes an image.
 """
 
 # B batch · P grid position · T generation step · V codebook
@@ -9,40 +10,63 @@ order: no bound, no sampling, dropout off, no guidance, temperature 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.config import LEARNED, PATHLESS, GPTConfig
+from orderlab.config import LEARNED, PATHLESS
 from orderlab.data.prepare import token_sets
 from orderlab.data.tokens import TokenSet
 from orderlab.errors import UserError
+from orderlab.evaluate.masked_likelihood import any_order_nll, nll_by_steps
+from orderlab.models.backbone import Backbone
+from orderlab.models.checkpoints import ImageModel, load_model
 from orderlab.models.gpt import GPT
+from orderlab.models.masked import MaskedModel
 from orderlab.models.ordered_gpt import OrderedGPT
 from orderlab.order.paths import parse_order_name, path
 from orderlab.order.perm import as_batch, highest, in_two_groups, to_grid, to_steps
 from orderlab.runtime.files import read_json, write_json
-from orderlab.runtime.keys import key
+from orderlab.runtime.keys import generator, key
 from orderlab.runtime.run import RunFolder
-from orderlab.sampling.methods import load_model
 from orderlab.sampling.semifast import draft
 
 BATCH = 250
+MASKED_IMAGES = 500  # of the validation set, evenly spaced: a masked model takes P passes an image
+ANY_ORDER, ANY_ORDER_DRAWS = "any-order", 8
 DRAFT_GUIDANCE = 2.0  # as the catalogue samples
+Orders = Callable[[Tensor, Tensor], Tensor]
+"""(classes_B, indices of the images) -> order_BT."""
 
 
 @torch.inference_mode()
-def nll(model: GPT, classes: Tensor, tokens: Tensor, order: Tensor, *, target: bool | None = None) -> Tensor:
+def nll(model: GPT | MaskedModel, classes: Tensor, tokens: Tensor, order: Tensor, *, target: bool | None = None) -> Tensor:
     """Negative log-likelihood of each token, in nats: [B, P] in grid space, float32 (float64 for a float64 model).
 
     `classes` [B]; `tokens` [B, P] in grid space; `order` [P] or [B, P]; `target` as in `generate`. The sum over P is the
-    image's exact -log p under that order. Raises `UserError` for tokens outside the vocabulary or a shape that does not fit.
+    image's exact -log p under that order. A masked model takes P forward passes for what a causal one does in one. Raises
+    `UserError` for tokens outside the vocabulary or a shape that does not fit.
     """
+    classes, tokens = check_tokens(model, classes, tokens)
+    order_BT = as_batch(order, len(tokens), model.config.positions).to(tokens.device)
+    if isinstance(model, MaskedModel):
+        if target:
+            raise UserError("target=True, but a masked model has no target embedding; pass target=None")
+        return to_grid(nll_by_steps(model, classes, tokens, order_BT), order_BT)
+    tokens_BT = to_steps(tokens, order_BT)
+    with model.evaluating():
+        logits_BTV = model(classes, tokens_BT, order_BT, target=target)
+    nll_BT = F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten(), reduction="none").view_as(tokens_BT)
+    return to_grid(nll_BT, order_BT)
+
+
+def check_tokens(model: Backbone, classes: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Classes [B] and tokens [B, P] as integers on one device, where they fit the model."""
     positions, vocabulary = model.config.positions, model.config.vocabulary
     tokens = torch.as_tensor(tokens)
     classes = torch.as_tensor(classes, device=tokens.device).long()
@@ -55,19 +79,14 @@ def nll(model: GPT, classes: Tensor, tokens: Tensor, order: Tensor, *, target: b
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise UserError(f"tokens reach from {int(tokens.min())} to {int(tokens.max())}; the vocabulary has {vocabulary} codes")
     model.check_classes(classes)
-    order_BT = as_batch(order, len(tokens), positions).to(tokens.device)
-    tokens_BT = to_steps(tokens.long(), order_BT)
-    with model.evaluating():
-        logits_BTV = model(classes, tokens_BT, order_BT, target=target)
-    nll_BT = F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten(), reduction="none").view_as(tokens_BT)
-    return to_grid(nll_BT, order_BT)
+    return classes, tokens.long()
 
 
 def run(run_dir: str | Path, orders: Sequence[str], *, checkpoint: str = "final", target: bool | None = None) -> dict[str, dict[str, Any]]:
     """`orderlab nll`: a run's exact validation NLL under each order, written to `nll.json` beside what is already there.
 
     For each order: nats per token and its standard error over images, bits per image, and the curves by step and by position.
-    Orders measured before on the same checkpoint are not measured again.
+    "any-order" is a masked model's mean over all orders. Orders measured before on the same checkpoint are not measured again.
     """
     folder = RunFolder(run_dir)
     config = folder.config()
@@ -78,57 +97,84 @@ def run(run_dir: str | Path, orders: Sequence[str], *, checkpoint: str = "final"
     if any(key not in results for key in keys.values()):
         model = load_model(folder.checkpoints / f"{checkpoint}.safetensors")
         _, validation = token_sets(config.data, config.model.grid, folder.root.parent.parent / "tokens")
-        for name, key in keys.items():
-            if key not in results:
-                results[key] = measure(model, validation, name, target=target)
+        for name, result in keys.items():
+            if result not in results:
+                measured = measure_any_order(model, validation) if name == ANY_ORDER else measure(model, validation, name, target=target)
+                results[result] = measured
                 write_json(file, results)
-    return {name: results[key] for name, key in keys.items()}
+    return {name: results[result] for name, result in keys.items()}
 
 
-def measure(model: nn.Module, token_set: TokenSet, order_name: str, *, target: bool | None = None) -> dict[str, Any]:
-    """Validation NLL of one order over a whole token set (its first view).
+def measure(model: ImageModel, token_set: TokenSet, order_name: str, *, target: bool | None = None) -> dict[str, Any]:
+    """Validation NLL of one order over a token set (its first view); over some of its images where the model is masked.
 
-    "learned" takes each image in the order an OrderHead gives to an independent draft of its class, so that the order tells
-    nothing of the image: exact for the orders drawn, and on average above -log p of the mixture over drafts (Jensen).
+    "learned" takes each image in the order that an OrderHead gives to an independent draft of its class, so that the order tells
+    nothing of the image: exact for the orders drawn, and on average no less than -log p of the mixture over drafts (Jensen).
     """
-    gpt = model.gpt if isinstance(model, OrderedGPT) else model
-    if not isinstance(gpt, GPT):
-        raise UserError(f"a {type(model).__name__} has no likelihood in order '{order_name}'")
+    order_of = learned_orders(model) if order_name == LEARNED else _same_for_all(torch.as_tensor(path(order_name, *model.config.grid)))
+    body = model.gpt if isinstance(model, OrderedGPT) else model
     target = model.target if isinstance(model, OrderedGPT) and target is None else target
-    device = gpt.norm.weight.device
+    device = body.norm.weight.device
     by_position, by_step = [], []
-    for start in range(0, len(token_set), BATCH):
-        indices = np.arange(start, min(start + BATCH, len(token_set)))
-        classes_B, tokens_BP = token_set.read(indices)
-        order_BT = as_batch(_orders(model, order_name, classes_B, indices), len(indices), gpt.config.positions)
-        nll_BP = nll(gpt, classes_B.to(device), tokens_BP.to(device), order_BT.to(device), target=target).double().cpu()
+    for indices in _indices(token_set, isinstance(model, MaskedModel)).split(BATCH):
+        classes_B, tokens_BP = token_set.read(indices.numpy())
+        order_BT = order_of(classes_B, indices)
+        nll_BP = nll(body, classes_B.to(device), tokens_BP.to(device), order_BT.to(device), target=target).double().cpu()
         by_position.append(nll_BP)
         by_step.append(to_steps(nll_BP, order_BT))
     nll_NP = torch.cat(by_position)
-    per_image_N = nll_NP.mean(1)
-    return {
-        "nll_per_token": float(per_image_N.mean()),
-        "standard_error": float(per_image_N.std() / len(per_image_N) ** 0.5),
-        "bits_per_image": float(nll_NP.sum(1).mean() / math.log(2)),
-        "images": len(nll_NP),
-        "uniform_nll": math.log(gpt.config.vocabulary),
-        "per_step": torch.cat(by_step).mean(0).tolist(),
-        "per_position": nll_NP.mean(0).tolist(),
-    }
+    curves = {"per_step": torch.cat(by_step).mean(0).tolist(), "per_position": nll_NP.mean(0).tolist()}
+    return {**_summary(nll_NP.sum(1), body), **curves}
 
 
-def _orders(model: nn.Module, name: str, classes_B: Tensor, indices: np.ndarray) -> Tensor:
-    """The path of that name [P], or the orders [B, P] that an OrderHead gives to drafts of these classes."""
-    if name != LEARNED:
-        config: GPTConfig = model.config  # pyrefly: ignore[bad-assignment]
-        return torch.as_tensor(path(name, *config.grid))
+def _same_for_all(order_P: Tensor) -> Orders:
+    return lambda classes_B, indices: order_P.expand(len(classes_B), -1)
+
+
+def learned_orders(model: ImageModel) -> Orders:
+    """The order of each image: what the OrderHead makes of a draft of its class, drawn by the image's index."""
     if not isinstance(model, OrderedGPT):
         raise UserError(
             f"order {LEARNED} needs a GPT with an OrderHead; this checkpoint holds a {type(model).__name__}: name a path instead"
         )
-    seeds = [key("likelihood-draft", int(index)) for index in indices]
-    _, scores_BP = draft(model, classes_B, seeds, {"guidance": DRAFT_GUIDANCE})
-    return in_two_groups(highest(scores_BP, model.task.first))
+
+    def orders(classes_B: Tensor, indices: Tensor) -> Tensor:
+        seeds = [key("likelihood-draft", int(index)) for index in indices]
+        _, scores_BP = draft(model, classes_B, seeds, {"guidance": DRAFT_GUIDANCE})
+        return in_two_groups(highest(scores_BP, model.task.first))
+
+    return orders
+
+
+def measure_any_order(model: ImageModel, token_set: TokenSet) -> dict[str, Any]:
+    """A masked model's validation NLL averaged over all orders, estimated from a few masks an image."""
+    if not isinstance(model, MaskedModel):
+        raise UserError(f"order {ANY_ORDER} is for masked models; name the orders of a causal one")
+    device = model.norm.weight.device
+    parts = []
+    for start in range(0, len(token_set), BATCH):
+        classes_B, tokens_BP = token_set.read(np.arange(start, min(start + BATCH, len(token_set))))
+        keyed = generator("any-order", start)
+        parts.append(any_order_nll(model, classes_B.to(device), tokens_BP.to(device), ANY_ORDER_DRAWS, keyed).cpu())
+    return _summary(torch.cat(parts), model)
+
+
+def _indices(token_set: TokenSet, is_masked: bool) -> Tensor:
+    """All images, or evenly spaced ones."""
+    count = min(len(token_set), MASKED_IMAGES) if is_masked else len(token_set)
+    return torch.arange(count) * len(token_set) // count
+
+
+def _summary(per_image_N: Tensor, model: Backbone) -> dict[str, Any]:
+    """From nats an image: nats a token with its standard error, bits an image, and what a uniform guess would have."""
+    per_token_N = per_image_N / model.config.positions
+    return {
+        "nll_per_token": float(per_token_N.mean()),
+        "standard_error": float(per_token_N.std() / len(per_token_N) ** 0.5),
+        "bits_per_image": float(per_image_N.mean() / math.log(2)),
+        "images": len(per_image_N),
+        "uniform_nll": math.log(model.config.vocabulary),
+    }
 
 
 def result_key(order: str, checkpoint: str, target: bool | None) -> str:
@@ -139,7 +185,7 @@ def result_key(order: str, checkpoint: str, target: bool | None) -> str:
 
 def normalised(order: str) -> str:
     """The order's one name: "random" is "random:0"."""
-    if order in PATHLESS:
+    if order in (ANY_ORDER, *PATHLESS):
         return order
     base, seed = parse_order_name(order)
     return f"random:{seed}" if base == "random" else base

@@ -20,6 +20,7 @@ from orderlab.config import GPTConfig
 from orderlab.errors import UserError
 from orderlab.frozen import Frozen
 from orderlab.models.gpt import GPT, PRESETS
+from orderlab.models.masked import MaskedModel
 from orderlab.models.weights import load_state, read_pickle, read_safetensors, save_weights, without_prefixes
 from orderlab.order.perm import as_batch, rows_at
 
@@ -68,12 +69,30 @@ def load_gpt(file: str | Path, *, heads: int | None = None, grid: tuple[int, int
     `heads` and `grid` are needed only where neither the header nor a LlamaGen preset tells them; `grid` overrides a preset
     (the 384-pixel models share their shapes with the 256-pixel ones). Raises `UserError` for a file that does not fit.
     """
-    weights = read_weights(file)
+    return _gpt(read_weights(file), file, heads, grid)
+
+
+def load_masked(file: str | Path) -> MaskedModel:
+    """Load a masked model from our export, in eval mode, fp32, on the CPU. Raises `UserError` for any other file."""
+    return _masked(read_weights(file), file)
+
+
+def _gpt(weights: WeightFile, file: str | Path, heads: int | None = None, grid: tuple[int, int] | None = None) -> GPT:
     check_kind(weights, "gpt", file)
     if weights.dropped:
         log.info("%s: dropped %d entries that are no weights (%s, ...)", file, len(weights.dropped), weights.dropped[0])
     config = _config_from_header(weights, file) or _config_from_shapes(weights, file, heads, grid)
     model = GPT(config, device="meta").to_empty(device="cpu")
+    load_state(model, weights.tensors, file)
+    return model.eval()
+
+
+def _masked(weights: WeightFile, file: str | Path) -> MaskedModel:
+    check_kind(weights, "masked", file)
+    config = _config_from_header(weights, file)
+    if config is None:
+        raise UserError(f"checkpoint {file}: its header holds no config")
+    model = MaskedModel(config, device="meta").to_empty(device="cpu")
     load_state(model, weights.tensors, file)
     return model.eval()
 
@@ -141,6 +160,13 @@ LLAMAGEN_DROPOUTS = {"token_dropout": "token_dropout_p", "residual_dropout": "re
 def save_gpt(model: GPT, file: str | Path, *, state: dict[str, Tensor] | None = None, header: Mapping[str, object] | None = None) -> None:
     """Write weights (of the model, or `state` in its place) and config as safetensors, atomically."""
     save_checkpoint(file, "gpt", state or model.state_dict(), {"model": model.config}, header or {})
+
+
+def save_masked(
+    model: MaskedModel, file: str | Path, *, state: dict[str, Tensor] | None = None, header: Mapping[str, object] | None = None
+) -> None:
+    """The same for a masked model."""
+    save_checkpoint(file, "masked", state or model.state_dict(), {"model": model.config}, header or {})
 
 
 def save_checkpoint(

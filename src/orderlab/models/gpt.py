@@ -11,16 +11,13 @@ The model never draws anything but dropout: orders, label drops and tokens are a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderlab.config import GPTConfig
 from orderlab.errors import UserError
-from orderlab.models.transformer import Block, RMSNorm, rope_table
+from orderlab.models.backbone import Backbone
 from orderlab.order.perm import rows_at
 
 PRESETS: dict[str, GPTConfig] = {
@@ -31,18 +28,7 @@ PRESETS: dict[str, GPTConfig] = {
 }
 
 
-class ClassEmbedding(nn.Module):
-    """One row per class and one, the last, for the null class of guidance."""
-
-    def __init__(self, classes: int, dim: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, dim)
-
-    def forward(self, classes_B: Tensor) -> Tensor:
-        return self.embedding_table(classes_B)
-
-
-class GPT(nn.Module):
+class GPT(Backbone):
     """`model(classes_B, tokens_BT, order_BT) -> logits_BTV`: logits[:, j] predict the token at position order[:, j].
 
     `tokens_BT` are in step space and hold all T tokens; the last is never an input. T may be shorter than the grid: the
@@ -51,38 +37,12 @@ class GPT(nn.Module):
     (per sample), or None for what the config says of inference.
     """
 
+    ta_embedding: nn.Embedding
+    slot_bias: nn.Embedding
+
     def __init__(self, config: GPTConfig, seed: int = 0, device: str | torch.device = "cpu"):
-        super().__init__()
-        self.config = config
-        with torch.device("meta"):
-            self.cls_embedding = ClassEmbedding(config.classes, config.dim)
-            self.tok_embeddings = nn.Embedding(config.vocabulary, config.dim)
-            if config.target_embedding:
-                self.ta_embedding = nn.Embedding(config.positions, config.dim)
-            if config.slot_bias:
-                self.slot_bias = nn.Embedding(config.positions, config.dim)
-            self.tok_dropout = nn.Dropout(config.token_dropout)
-            self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-            self.norm = RMSNorm(config.dim, config.norm_eps)
-            self.output = nn.Linear(config.dim, config.vocabulary, bias=False)
-        if torch.device(device).type != "meta":
-            self.to_empty(device=device)
-            self.init_weights(torch.Generator().manual_seed(seed))
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """N(0, 0.02) for every matrix and table, ones for norms, zeros for the output head and the target table."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            elif name in ("output.weight", "ta_embedding.weight", "slot_bias.weight"):
-                parameter.zero_()
-            else:
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-
-    @property
-    def null_class(self) -> int:
-        return self.config.classes
+        tables = [name for name, is_there in (("ta_embedding", config.target_embedding), ("slot_bias", config.slot_bias)) if is_there]
+        super().__init__(config, config.vocabulary, tables, seed, device)
 
     def forward(
         self,
@@ -113,11 +73,6 @@ class GPT(nn.Module):
             h_BTD = layer(h_BTD, rope_BTK2)
         return self.norm(h_BTD)
 
-    def head(self, hidden_BTD: Tensor) -> Tensor:
-        """Logits over the codebook, in fp32 (or wider)."""
-        logits_BTV = self.output(hidden_BTD)
-        return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-
     def embed(
         self, classes_B: Tensor, inputs_BT: Tensor, order_BT: Tensor, target: bool | Tensor | None, scale_BT: Tensor | None = None
     ) -> Tensor:
@@ -145,30 +100,4 @@ class GPT(nn.Module):
 
     def rope(self, positions_BT: Tensor, device: torch.device) -> Tensor:
         """RoPE rows of the slots [class, tokens at positions_BT]: [B, 1 + T, K/2, 2]."""
-        table = rope_table(self.config.grid, self.config.head_dim, self.config.rope_base, self.rope_dtype, device)
-        return rows_at(table, F.pad(positions_BT + 1, (1, 0)))
-
-    @property
-    def rope_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.norm.weight.dtype, torch.float32)
-
-    def check_classes(self, classes_B: Tensor) -> None:
-        """Refuse classes the model does not know; the null class is one it knows."""
-        if classes_B.dim() != 1 or len(classes_B) == 0:
-            raise UserError(f"classes have shape {tuple(classes_B.shape)}; expected [B] with at least one image")
-        low, high = int(classes_B.min()), int(classes_B.max())
-        if low < 0 or high > self.null_class:
-            raise UserError(f"classes reach from {low} to {high}; the model knows 0 to {self.null_class}")
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Dropout off inside, and as it was afterwards."""
-        was_training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(was_training)
-
-    def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        return rows_at(self.rope_table(device), F.pad(positions_BT + 1, (1, 0)))

@@ -43,6 +43,26 @@ def random_orders(count: int, positions: int, generator: torch.Generator) -> Ten
     return torch.rand(count, positions, dtype=torch.float64, generator=generator).argsort(dim=1)
 
 
+def first_steps(order_BT: Tensor, counts_B: Tensor) -> Tensor:
+    """Which positions [B, P] each order generates in its first `counts_B` steps."""
+    return rank(order_BT) < counts_B[:, None]
+
+
+def marked(is_marked_BP: Tensor) -> Tensor:
+    """The marked positions [B, N] of each row in raster order; every row must have as many."""
+    return is_marked_BP.nonzero()[:, 1].view(len(is_marked_BP), -1)
+
+
+def states_at(states_BPD: Tensor, positions_BN: Tensor) -> Tensor:
+    """The states [B, N, D] at some positions of each row."""
+    return states_BPD.gather(1, positions_BN[..., None].expand(-1, -1, states_BPD.shape[-1]))
+
+
+def put(values_BP: Tensor, positions_BN: Tensor, new_BN: Tensor) -> Tensor:
+    """A copy of `values_BP` with new values at some positions of each row."""
+    return values_BP.scatter(1, positions_BN, new_BN)
+
+
 def highest(scores_BP: Tensor, count: int) -> Tensor:
     """Which positions have one of the `count` highest scores [B, P]; ties go to the lower position."""
     ranked_BT = scores_BP.argsort(dim=1, descending=True, stable=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from orderlab.catalog import TABLES, Row, Scale, Variant, resolve, row_note, sample_config, shortest_names, variants
-from orderlab.config import PATHLESS, AnnealedOrder, RunConfig, SampleConfig
+from orderlab.config import AnnealedOrder, RunConfig, SampleConfig
 from orderlab.data.fashion import CLASSES
 from orderlab.data.prepare import decode, tokenizer
 from orderlab.errors import UserError
@@ -54,7 +54,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
     configs = {run: resolve(run, scale.name, seed) for run in dict.fromkeys(row.run for row in rows)}
     first = next(iter(configs.values()))
     grid = first.model.grid
-    orders = [order for order in dict.fromkeys(row.order for row in rows) if order not in PATHLESS]
+    orders = list(dict.fromkeys(row.path for row in rows if row.path is not None))
     learned = {run: run_folder(runs, run, scale, seed) for run, config in configs.items() if config.task.kind == "order-head"}
     tables = [
         Table(
@@ -101,6 +101,14 @@ def _intro(table: str, scale: Scale) -> str:
         "5-fair": "Random orders annealed to raster against raster, at the same number of images seen.",
         "5-ablation": "What is left of RAR without its parts; the target embedding is never fed at inference, as in the study.",
         "ours-target": "The same checkpoints with the target embedding fed at inference.",
+        "8-context": (
+            "The study's MAR column is empty. Ours is a bidirectional masked model on the same tokens, trunk and budget, with one row of "
+            "parameters more (the mask token): MaskGIT's masks in training, MAR's random orders and cosine schedule in 64 steps."
+        ),
+        "ours-masked": (
+            "The same weights by sampler and number of steps: random orders (MAR, cosine schedule), the model's confidence with Gumbel noise "
+            "(MaskGIT, arccos), Halton's path (arccos). NLL of random rows is the mean over all orders; a confidence row has none."
+        ),
         "ours-any-order": "RAR's weights at the end of its random phase, the target embedding fed: one model, any order.",
     }
     return f"{intros.get(table, '')} {scale.sample_images:,} images a row, guidance 2.0.".strip()
@@ -165,7 +173,9 @@ def _metrics(row: Row, variant: Variant, scale: Scale, runs: Path, seed: int) ->
 
 
 def _nll(row: Row, scale: Scale, runs: Path, seed: int, order: str | None = None) -> Value | None:
-    """Under the row's own order, or another that was measured beside it."""
+    """Under the row's own order, or another that was measured beside it; None where it has none."""
+    if order is None and not row.likelihood_orders:
+        return None
     key = result_key(order or row.likelihood_orders[0], row.checkpoint, row.target)
     found = [_json(run_folder(runs, row.run, scale, k).root / "nll.json").get(key) for k in _seeds(runs, row.run, scale, seed)]
     values = [Value(r["nll_per_token"], r["standard_error"], r["images"]) for r in found if r]
@@ -277,13 +287,13 @@ def _curves(folder: RunFolder, config: RunConfig) -> RunCurves | None:
         train_loss=[r["loss"] for r in train],
         validation_nll=[(r["images"], r["validation_nll"]) for r in folder.records("validation")],
         phases=phases if len(phases) > 1 else [],
-        order=getattr(config.policy, "order", "random"),
+        order="masked" if config.task.kind == "masked" else getattr(config.policy, "order", "random"),
     )
 
 
 def _playback(rows: list[Row], scale: Scale, runs: Path, seed: int) -> Playback | None:
     """The first images of the first table, one entry an order."""
-    first_table = [row for row in rows if row.table == rows[0].table and row.sampler == "kv-cache" and row.order not in PATHLESS]
+    first_table = [row for row in rows if row.table == rows[0].table and row.sampler == "kv-cache" and row.path]
     entries = []
     for row in first_table:
         folder = run_folder(runs, row.run, scale, seed)

@@ -10,6 +10,7 @@ logits and one number, whatever the batch (a multinomial draw is slower at V = 1
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +53,18 @@ def keep_top(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
         remove_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(-1, index_BV, preceding_BV > top_p)
         logits_BV = logits_BV.masked_fill(remove_BV, -torch.inf)
     return logits_BV
+
+
+def image_uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """The first `count` uniforms of each image's own stream: float64 [B, count]."""
+    streams = (torch.Generator().manual_seed(int(seed)) for seed in seeds)
+    return torch.stack([torch.rand(count, dtype=torch.float64, generator=stream) for stream in streams])
+
+
+def check_drawing(temperature: float, top_k: int, top_p: float) -> None:
+    """Refuse settings that leave no distribution."""
+    if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected temperature > 0, top_k >= 0, 0 < top_p <= 1")
 
 
 def draw_tokens(logits_BV: Tensor, uniform_B: Tensor | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:

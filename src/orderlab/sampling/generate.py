@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from orderlab.errors import UserError
+from orderlab.models.backbone import Backbone
 from orderlab.models.decode import CachedDecoder
 from orderlab.models.decode_static import static_decoder
 from orderlab.models.gpt import GPT
 from orderlab.order.perm import as_batch, to_grid
-from orderlab.sampling.draw import draw_tokens, guidance_scales, guide
+from orderlab.sampling.draw import check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
 
 Revise = Callable[[int, Tensor, Tensor], Tensor | None]
 
@@ -143,15 +144,18 @@ def _check(
     model: GPT, classes: Tensor, seeds: Sequence[int], temperature: float, top_k: int, top_p: float, sampler: str
 ) -> tuple[Tensor, Tensor]:
     """Refuse what does not fit; returns the classes [B] and one uniform per (image, step) [B, T]."""
+    if not isinstance(model, GPT):
+        raise UserError(f"generate takes a causal GPT, not a {type(model).__name__}; a masked model generates with unmask")
+    if sampler not in DECODERS:
+        raise UserError(f"unknown sampler '{sampler}'; expected one of {', '.join(DECODERS)}")
+    check_drawing(temperature, top_k, top_p)
+    return check_images(model, classes, seeds), image_uniforms(seeds, model.config.positions)
+
+
+def check_images(model: Backbone, classes: Tensor, seeds: Sequence[int]) -> Tensor:
+    """The classes [B], where the model knows them and each image has a seed."""
     classes_B = torch.as_tensor(classes).long()
     model.check_classes(classes_B)
     if len(seeds) != len(classes_B):
         raise UserError(f"{len(seeds)} seeds for {len(classes_B)} images; expected one seed per image")
-    if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected temperature > 0, top_k >= 0, 0 < top_p <= 1")
-    if sampler not in DECODERS:
-        raise UserError(f"unknown sampler '{sampler}'; expected one of {', '.join(DECODERS)}")
-    uniforms = [
-        torch.rand(model.config.positions, dtype=torch.float64, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds
-    ]
-    return classes_B, torch.stack(uniforms)
+    return classes_B

@@ -22,11 +22,12 @@ from orderlab.config import SampleConfig
 from orderlab.data.imagenet import class_rows
 from orderlab.data.npz import FAULTS
 from orderlab.errors import UserError
+from orderlab.models.checkpoints import load_model
 from orderlab.runtime.dist import World, world
 from orderlab.runtime.files import read_json, write_json
 from orderlab.runtime.keys import generator, image_seeds
 from orderlab.runtime.run import RunFolder
-from orderlab.sampling.methods import Method, load_model, method_for
+from orderlab.sampling.methods import Method, method_for, passes
 from orderlab.sampling.semifast import Made
 
 
@@ -103,7 +104,11 @@ def run(
         here.barrier()
         if here.is_main:
             _join_parts(out, config, classes_N)
-            cost = {"seconds_per_image": seconds / timed if timed else None, "processes": here.size, "steps": run_config.model.positions}
+            cost = {
+                "seconds_per_image": seconds / timed if timed else None,
+                "processes": here.size,
+                "steps": passes(config, run_config.model.positions),
+            }
             meta = {"config": config.model_dump(), "checkpoint": checkpoint, "content": content_hash(out), **cost}
             write_json(out / "sample.json", meta)
         here.barrier()
@@ -142,7 +147,7 @@ def part_file(out: Path, part: int) -> Path:
 def _write_part(file: Path, made: Made, kept: int) -> None:
     """A batch's images, and where they differ from image to image the orders and drafts they come from."""
     arrays = {"tokens": made.tokens_BP[:kept]}
-    if made.drafts_BP is not None:
+    if made.drafts_BP is not None and made.order_BT is not None:
         arrays |= {"orders": made.order_BT[:kept], "drafts": made.drafts_BP[:kept]}
     temporary = file.with_suffix(".part")
     with open(temporary, "wb") as handle:

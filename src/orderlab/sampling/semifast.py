@@ -35,8 +35,8 @@ class Made:
     """Images and how they were made."""
 
     tokens_BP: Tensor
-    order_BT: Tensor
-    """The order each was made in."""
+    order_BT: Tensor | None = None
+    """The order each was made in; None for sets of tokens at a time."""
     drafts_BP: Tensor | None = None
     """The raster images whose states were scored."""
 

@@ -39,10 +39,8 @@ class ShownBatch(Batch):
     shown_BK: Tensor
 
 
-class OracleTraining(Objective):
+class OracleTraining(Objective[Oracle]):
     """Cross-entropy of the class, mean over images."""
-
-    model: Oracle
 
     def __init__(self, config: RunConfig, task: OracleTask, train: TokenSet, validation: TokenSet, device: torch.device):
         super().__init__(config, train, validation)

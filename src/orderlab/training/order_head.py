@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from orderlab.config import RunConfig
 from orderlab.config_tasks import OracleUse, OrderHeadTask
-from orderlab.data.prepare import tokenizer
+from orderlab.data.prepare import codebook
 from orderlab.data.tokens import TokenSet
 from orderlab.errors import UserError
 from orderlab.evaluate.diagnosis import Diagnosis
@@ -33,6 +33,7 @@ from orderlab.models.ordered_gpt import Ordered, OrderedGPT, save_ordered_gpt
 from orderlab.order.perm import to_grid
 from orderlab.runtime.keys import generator, key
 from orderlab.runtime.run import RunFolder
+from orderlab.training.importance import importance_maps
 from orderlab.training.objectives import Batch, Objective
 from orderlab.training.parallel import clip, gradient_norm
 
@@ -71,7 +72,7 @@ class OrderHead(Objective[OrderedGPT]):
     @cached_property
     def entries_VC(self) -> Tensor:
         """The tokenizer's unit codebook."""
-        return tokenizer(self.config.data.tokenizer).quantize.rows().to(self.device)
+        return codebook(self.config.data, self.train).to(self.device)
 
     @cached_property
     def importance_NVP(self) -> np.ndarray | None:
@@ -296,8 +297,6 @@ def score_values(scores_BP: Tensor, split: Split) -> dict[str, Tensor]:
 
 def importance_of(use: OracleUse, config: RunConfig, train: TokenSet, runs: Path) -> np.ndarray:
     """The trained oracle's importance of every token of the training images, [N, views, P]."""
-    from orderlab.training.importance import importance_maps
-
     file = runs / f"{use.run}@{config.scale}" / f"seed{config.seed}" / "checkpoints" / "final.safetensors"
     if not file.exists():
         raise UserError(

@@ -37,4 +37,8 @@ def objective_for(config: RunConfig, cache: Path, device: torch.device, runs: Pa
         from orderlab.training.oracle import OracleTraining
 
         return OracleTraining(config, config.task, train, validation, device)
+    if config.task.kind == "masked":
+        from orderlab.training.masked import Masked
+
+        return Masked(config, config.task, train, validation, device)
     raise UserError(f"task {config.task.kind} cannot be trained by this version")

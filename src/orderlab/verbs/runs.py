@@ -103,14 +103,14 @@ def sample(
 
     Args:
         run: the run folder, such as runs/raster-300@demo/seed0
-        order: name of the path; random:SEED for a random one
+        order: name of the path; random:SEED for a random one (samplers of masked models have their own)
         images: how many
         guidance: uncond + s (cond - uncond); 1 or less is off
         guidance_schedule: none, linear or power-cosine
         temperature: divides the logits
         top_k: keep the k largest logits; 0 keeps all
         top_p: keep the smallest set of this probability
-        sampler: kv-cache or full-forward
+        sampler: kv-cache or full-forward; of a masked model unmask-random-T, unmask-confidence-T or unmask-halton-T, in T steps
         labels: balanced or iid
         batch: images at a time; changes nothing but speed and memory
         seed: image i is a function of (seed, i)
@@ -125,11 +125,14 @@ def sample(
     from orderlab.config import SampleConfig
 
     names = ("order", "images", "guidance", "guidance_schedule", "temperature", "top_k", "top_p", "sampler", "labels", "batch", "seed")
+    if order == "raster" and sampler.startswith("unmask-"):
+        order = sampler.split("-")[1]  # these samplers have an order of their own
     values = locals()
     config = validated(SampleConfig, {name: values[name] for name in names})
     from orderlab.order.paths import parse_order_name
 
-    parse_order_name(order)
+    if not sampler.startswith("unmask-"):
+        parse_order_name(order)
     if npz is not None:
         from orderlab.sampling.export import check_rules
 
@@ -164,11 +167,11 @@ def nll(
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
-    """Exact validation NLL of a run under each order: one teacher-forced pass an order.
+    """Exact validation NLL of a run under each order; "any-order" is a masked model's mean over all of them.
 
     Args:
         run: the run folder
-        orders: names with commas between
+        orders: names with commas between; a masked model takes as many passes as tokens for each, but any-order
         checkpoint: final or final-ema
         dry_run: print the cost over 5,000 images; measure nothing
         json: print for programs, with the curves by step and by position
@@ -178,7 +181,7 @@ def nll(
         from orderlab.runtime.run import RunFolder
 
         config = RunFolder(run).config()
-        costs = likelihood_cost(config.model, 5000, len(orders.split(",")), catalog.scale_named(config.scale))
+        costs = likelihood_cost(config, 5000, len(orders.split(",")), catalog.scale_named(config.scale))
         print_cost(config.model_dump(mode="json"), costs, json)
         return
     from orderlab.evaluate.likelihood import run as measure
