@@ -28,7 +28,7 @@ from orderlab.data.tokens import TokenSet
 from orderlab.errors import UserError
 from orderlab.evaluate.diagnosis import Diagnosis
 from orderlab.evaluate.likelihood import nll
-from orderlab.models.order_head import Split, normalise, temperature_at, truth_ratio_at
+from orderlab.models.order_head import Split, normalise, split, temperature_at, truth_ratio_at
 from orderlab.models.ordered_gpt import Ordered, OrderedGPT, save_ordered_gpt
 from orderlab.order.perm import to_grid
 from orderlab.runtime.keys import generator, key
@@ -37,7 +37,7 @@ from orderlab.training.importance import importance_maps
 from orderlab.training.objectives import Batch, Objective
 from orderlab.training.parallel import clip, gradient_norm
 
-VALIDATION_BATCH = 250
+VALIDATION_IMAGES, VALIDATION_BATCH = 2000, 250
 MAPPED_CLASSES = 20  # a record of validation holds the score maps of so many classes
 
 
@@ -164,28 +164,26 @@ class OrderHead(Objective[OrderedGPT]):
         NOTE: an order read off the image itself tells of the image, so this is the training loss, no likelihood; that of
         independent drafts is `orderlab nll`'s.
         """
-        maps = ScoreMaps(self.config.model.positions, self.task.first)
+        maps, unused = (ScoreMaps(self.config.model.positions) for _ in range(2))
         learned, raster = self._nlls(self.validation, maps)
-        return {
-            "validation_nll": learned,
-            "train_nll": self._nlls(self.train, None)[0],
-            "validation_nll_raster": raster,
-            **maps.record(),
-        }
+        train, _ = self._nlls(self.train, unused)
+        return {"validation_nll": learned, "train_nll": train, "validation_nll_raster": raster, **maps.record()}
 
     @torch.inference_mode()
-    def _nlls(self, token_set: TokenSet, maps: ScoreMaps | None) -> tuple[float, float]:
-        learned, raster, count = 0.0, 0.0, min(len(token_set), len(self.validation))
-        raster_P = torch.arange(self.config.model.positions)
-        for start in range(0, count, VALIDATION_BATCH):
-            classes_B, tokens_BP = (x.to(self.device) for x in token_set.read(np.arange(start, min(start + VALIDATION_BATCH, count))))
-            with self.model.gpt.evaluating():
-                out = self.model(classes_B, tokens_BP, 1.0, is_generating=False)
-            learned += float(nll(self.model.gpt, classes_B, tokens_BP, out.split.order_BT, target=self.model.target).double().sum())
-            if maps is not None:
-                raster += float(nll(self.model.gpt, classes_B, tokens_BP, raster_P, target=self.model.target).double().sum())
-                maps.add(classes_B, out)
-        return learned / (count * len(raster_P)), raster / (count * len(raster_P))
+    def _nlls(self, token_set: TokenSet, maps: ScoreMaps) -> tuple[float, float]:
+        """Per token, over evenly spaced images: (in the learned orders, in raster)."""
+        gpt, target, learned, raster = self.model.gpt, self.model.target, 0.0, 0.0
+        count = min(len(token_set), VALIDATION_IMAGES)
+        for indices in (torch.arange(count) * len(token_set) // count).split(VALIDATION_BATCH):
+            classes_B, tokens_BP = (x.to(self.device) for x in token_set.read(indices.numpy()))
+            states_BPD = self.model.states(classes_B, tokens_BP)
+            scores_BP = self.model.order_head(states_BPD).float()
+            groups = split(scores_BP, self.task.first, 1.0)
+            learned += float(nll(gpt, classes_B, tokens_BP, groups.order_BT, target=target).double().sum())
+            raster += float(per_token_ce(gpt.head(states_BPD), tokens_BP).double().sum())
+            maps.add(classes_B, scores_BP, groups)
+        tokens = count * self.config.model.positions
+        return learned / tokens, raster / tokens
 
     def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
         save_ordered_gpt(self.model, file, state=state, header=header)
@@ -202,7 +200,7 @@ class OrderHead(Objective[OrderedGPT]):
 class ScoreMaps:
     """Means over images of normalised scores and of first groups, at each position; for the first classes too."""
 
-    def __init__(self, positions: int, first: int):
+    def __init__(self, positions: int):
         self.scores_KP = torch.zeros(MAPPED_CLASSES, positions, dtype=torch.float64)
         self.first_P = torch.zeros(positions, dtype=torch.float64)
         self.total_P, self.images_K, self.images, self.std = (
@@ -212,11 +210,11 @@ class ScoreMaps:
             0.0,
         )
 
-    def add(self, classes_B: Tensor, out: Ordered) -> None:
-        normal_BP, classes_B = normalise(out.scores_BP).double().cpu(), classes_B.cpu()
+    def add(self, classes_B: Tensor, scores_BP: Tensor, groups: Split) -> None:
+        normal_BP, classes_B = normalise(scores_BP).double().cpu(), classes_B.cpu()
         self.total_P += normal_BP.sum(0)
-        self.first_P += (out.split.is_second_BP < 0.5).double().cpu().sum(0)
-        self.std += float(out.scores_BP.std(1, unbiased=False).sum())
+        self.first_P += (groups.is_second_BP < 0.5).double().cpu().sum(0)
+        self.std += float(scores_BP.std(1, unbiased=False).sum())
         known_B = classes_B < MAPPED_CLASSES
         self.scores_KP.index_add_(0, classes_B[known_B], normal_BP[known_B])
         self.images_K.index_add_(0, classes_B[known_B], torch.ones(int(known_B.sum())))
@@ -275,7 +273,7 @@ def alignment_loss(scores_BP: Tensor, ce_BT: Tensor, order_BT: Tensor) -> Tensor
     return F.mse_loss(normalise(scores_BP), normalise(-to_grid(ce_BT.detach(), order_BT)))
 
 
-def score_values(scores_BP: Tensor, split: Split) -> dict[str, Tensor]:
+def score_values(scores_BP: Tensor, groups: Split) -> dict[str, Tensor]:
     """How differentiated scores are, and what order they make; means over images.
 
     score_std: of the raw scores, biased. score_entropy: of softmax(scores), over ln P: 1 is uniform. mask_sharpness: mean of
@@ -284,12 +282,12 @@ def score_values(scores_BP: Tensor, split: Split) -> dict[str, Tensor]:
     """
     positions = scores_BP.shape[1]
     log_BP = scores_BP.log_softmax(1)
-    second_BP = split.is_second_BP
+    second_BP = groups.is_second_BP
     inversions_B = (second_BP.cumsum(1) * (1 - second_BP)).sum(1)  # a later position that comes first, over the ones before it
     return {
         "score_std": scores_BP.std(1, unbiased=False).mean(),
         "score_entropy": -(log_BP.exp() * log_BP).sum(1).mean() / float(np.log(positions)),
-        "mask_sharpness": (2 * split.soft_BP - 1).abs().mean(),
+        "mask_sharpness": (2 * groups.soft_BP - 1).abs().mean(),
         "overlap": ((1 - second_BP) * (1 - second_BP.roll(1, 0))).sum(1).mean() / (1 - second_BP).sum(1).mean(),
         "kendall_tau": (1 - 4 * inversions_B / (positions * (positions - 1))).mean(),
     }
