@@ -88,12 +88,16 @@ def oracle_importance(
     if json:
         print_json({"images": len(found.classes), "cls_k": found.cls_k, **values, **({"picture": str(picture)} if picture else {})})
         return
+    _print(found, values)
+    if picture is not None:
+        print(f"  picture: {picture}")
+
+
+def _print(found: Importance, values: dict[str, dict[str, float]]) -> None:
     print(f"importance over the positions of an image, mean of {len(found.classes):,} validation images (clusters of {found.cls_k} tokens)")
     print(f"  {'mode':<14} {'std':>8} {'std/mean':>9}")
     for mode, value in values.items():
         print(f"  {mode:<14} {value['std']:8.4f} {value['std_over_mean']:9.2f}")
-    if picture is not None:
-        print(f"  picture: {picture}")
 
 
 def _draw(found: Importance, values: dict[str, dict[str, float]], images: int, file: Path) -> None:
