@@ -50,6 +50,11 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["nll", "/nowhere"], "is no run folder"),
         (["score", "/nowhere"], "no samples to score"),
         (["train", "raster-300", "--scale", "paper"], "ImageNet tokens need data.folder"),
+        (["oracle", "train", "--scale", "paper"], "ImageNet tokens need data.folder"),
+        (["oracle", "importance", "/nowhere"], "is no run folder"),
+        (["oracle", "importance", "/nowhere", "--images", "0"], "--images 0: expected at least 1"),
+        (["oracle", "importance", "/nowhere", "--picture", "maps.txt"], ".png, .svg or .pdf"),
+        (["oracle", "important", "/nowhere"], "did you mean 'oracle importance'?"),
     ],
 )
 def test_mistakes(

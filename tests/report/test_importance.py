@@ -8,22 +8,31 @@ from matplotlib.colors import Normalize
 
 from orderlab.errors import UserError
 from orderlab.report.figures import RANKS
-from orderlab.report.importance import TINT, MapRow, importance, save_importance, tinted
+from orderlab.report.importance import MapRow, importance, save_importance, tinted
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
 MAPS = np.random.default_rng(1).random((3, 4))
 
 
 def test_a_tokens_colour_lies_over_its_own_pixels() -> None:
-    image, values = np.zeros((8, 12), np.uint8), np.array([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])
-    found = tinted(image, values, Normalize(0.0, 1.0))
-    assert found.shape == (8, 12, 3)
-    for row in range(2):
-        for column in range(3):
-            cell = found[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(-1, 3)
-            assert cell == pytest.approx(np.tile(TINT * np.array(RANKS(values[row, column])[:3]), (16, 1)))
-    white = tinted(np.full((8, 12, 3), 255, np.uint8), values, Normalize(0.0, 1.0))
-    assert white == pytest.approx(found + (1 - TINT))
+    values = np.array([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])
+    for level in (0, 128, 255):  # an even image has no relief, however light it is
+        found = tinted(np.full((8, 12), level, np.uint8), values, Normalize(0.0, 1.0))
+        assert found.shape == (8, 12, 3)
+        for row in range(2):
+            for column in range(3):
+                cell = found[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(-1, 3)
+                assert cell == pytest.approx(np.tile(RANKS(values[row, column])[:3], (16, 1)), abs=1e-6)
+
+
+def test_an_edge_stands_out_on_both_sides_and_colours_count_as_grey() -> None:
+    image = np.zeros((16, 16), np.uint8)
+    image[:, 8:] = 255
+    found, flat = (tinted(picture, np.full((2, 2), 0.5), Normalize(0.0, 1.0)) for picture in (image, 0 * image))
+    assert (found[:, 8] > flat[:, 8] + 0.05).all()
+    assert (found[:, 7] < flat[:, 7] - 0.05).all()
+    assert found[:, [0, 15]] == pytest.approx(flat[:, [0, 15]], abs=0.05)
+    assert tinted(np.stack([image] * 3, axis=-1), np.full((2, 2), 0.5), Normalize(0.0, 1.0)) == pytest.approx(found)
 
 
 @pytest.mark.parametrize("images", [IMAGES, np.stack([IMAGES] * 3, axis=-1)], ids=["grey", "colour"])

@@ -275,11 +275,17 @@ def rank_maps(orders: list[OrderPicture]) -> Figure:
         return figure
 
 
-def save_coverage(curves: dict[str, list[float]], file: Path) -> None:
-    """Write the coverage curves as .png, .svg or .pdf."""
+def figure_kind(file: Path, flag: str) -> str:
+    """png, svg or pdf, by the name of the file that a flag asks for. Raises `UserError` for another."""
     kind = file.suffix.lstrip(".").lower()
     if kind not in ("png", "svg", "pdf"):
-        raise UserError(f"--plot {file}: expected a name that ends in .png, .svg or .pdf")
+        raise UserError(f"{flag} {file}: expected a name that ends in .png, .svg or .pdf")
+    return kind
+
+
+def save_coverage(curves: dict[str, list[float]], file: Path) -> None:
+    """Write the coverage curves as .png, .svg or .pdf."""
+    kind = figure_kind(file, "--plot")
     buffer = io.BytesIO()
     coverage([CoverageCurve(name, curve) for name, curve in curves.items()]).savefig(buffer, format=kind, dpi=160, facecolor="white")
     write_atomically(file, buffer.getvalue())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orderlab import catalog
+from orderlab.errors import UserError
 from orderlab.verbs.output import RUNS, print_cost, print_json, print_result
 
 if TYPE_CHECKING:
@@ -70,6 +71,12 @@ def oracle_importance(
         checkpoint: final or final-ema
         json: print for programs
     """
+    if images < 1:
+        raise UserError(f"--images {images}: expected at least 1")
+    if picture is not None:
+        from orderlab.report.figures import figure_kind
+
+        figure_kind(picture, "--picture")
     from orderlab.runtime.console import Console
     from orderlab.training.importance import measure, spread
 
@@ -81,12 +88,16 @@ def oracle_importance(
     if json:
         print_json({"images": len(found.classes), "cls_k": found.cls_k, **values, **({"picture": str(picture)} if picture else {})})
         return
+    _print(found, values)
+    if picture is not None:
+        print(f"  picture: {picture}")
+
+
+def _print(found: Importance, values: dict[str, dict[str, float]]) -> None:
     print(f"importance over the positions of an image, mean of {len(found.classes):,} validation images (clusters of {found.cls_k} tokens)")
     print(f"  {'mode':<14} {'std':>8} {'std/mean':>9}")
     for mode, value in values.items():
         print(f"  {mode:<14} {value['std']:8.4f} {value['std_over_mean']:9.2f}")
-    if picture is not None:
-        print(f"  picture: {picture}")
 
 
 def _draw(found: Importance, values: dict[str, dict[str, float]], images: int, file: Path) -> None:
@@ -102,7 +113,7 @@ def _draw(found: Importance, values: dict[str, dict[str, float]], images: int, f
     clusters, attention = found.maps["oracle"][chosen], found.maps["saliency_attn"][chosen]
     notes = {mode: f"std {value['std']:.2g}, {value['std_over_mean']:.2g} of the mean" for mode, value in values.items()}
     rows = [
-        MapRow(f"{found.cls_k} tokens alone", notes["oracle"], clusters, 1.0),
+        MapRow(f"own cluster of {found.cls_k} alone", notes["oracle"], clusters, 1.0),
         MapRow("attention", notes["saliency_attn"], attention, 1.0),
         MapRow("attention, enlarged", f"× {1 / float(attention.max()):.0f}", attention, float(attention.max())),
     ]
