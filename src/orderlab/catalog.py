@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -69,6 +69,8 @@ class Row:
     checkpoint: str = "final"
     target: bool | None = None
     """Feed the target-aware embedding at inference; None: as the run was configured (the study: never)."""
+    rescore: Literal["likelihood", "oracle"] = "likelihood"
+    """What chooses among candidates."""
     note: str = ""
     is_headline: bool = False
     """Scored at several guidance scales, so that one fixed scale decides nothing."""
@@ -253,6 +255,9 @@ ROWS: tuple[Row, ...] = (
     Row("ours-orderhead/exp3-fast",                 "IN-100", "orderhead-exp3", "learned",  Source(), sampler="fast"),
     Row("ours-orderhead/exp3-phases-8",             "IN-100", "orderhead-exp3", "learned",  Source(), sampler="phases-8"),
     Row("ours-orderhead/exp3-slow",                 "IN-100", "orderhead-exp3", "learned",  Source(), sampler="slow"),
+    Row("ours-orderhead/exp1-saliency",             "IN-100", "orderhead-exp1-saliency", "learned", Source(), sampler="semifast-8", note="Experiment 1 with the flat map of the study's Bug 4"),
+    Row("ours-orderhead/exp2-oracle-rescored",      "IN-100", "orderhead-exp2-direct", "learned", Source(), sampler="semifast-8", rescore="oracle"),
+    Row("ours-orderhead/exp3-context-only",         "IN-100", "orderhead-exp3-context-only", "learned", Source(), sampler="semifast-8", note="Experiment 3 with the second group's embeddings at zero in training"),
     Row("ours-orderhead/on-rar150-frozen",          "IN-100", "orderhead-on-rar150",       "learned",  Source(), sampler="semifast-8"),
     Row("ours-orderhead/on-rar150-frozen-fast",     "IN-100", "orderhead-on-rar150",       "learned",  Source(), sampler="fast"),
     Row("ours-orderhead/on-rar150-joint",           "IN-100", "orderhead-on-rar150-joint", "learned",  Source(), sampler="semifast-8"),
@@ -319,6 +324,9 @@ RECIPES: dict[str, Recipe] = {
     "orderhead-exp3":        Recipe(FixedOrder(order="raster"), 1.0, start="raster-300", task=OrderHeadTask(), anneal_units=0.676),
     "orderhead-exp4":        Recipe(FixedOrder(order="raster"), 0.92, task=OrderHeadTask(raster_until=0.2, ramp_until=0.5, alignment=0.1), anneal_units=0.676, curriculum_units=0.46),
     "orderhead-exp5":        Recipe(FixedOrder(order="raster"), 1 / 15, start="raster-300", task=OrderHeadTask(lr_scale=1.0, clip=0.1, score_penalty=0.01), anneal_units=0.0338, curriculum_units=0.0169),
+    # Ours: what its Bug 4 does to Experiment 1, and its other reading of the gate.
+    "orderhead-exp1-saliency":     Recipe(FixedOrder(order="raster"), 0.324, start="raster-300", task=OrderHeadTask(is_body_frozen=True, has_generation_loss=False, oracle=OracleUse(mode="saliency_attn"))),
+    "orderhead-exp3-context-only": Recipe(FixedOrder(order="raster"), 1.0, start="raster-300", task=OrderHeadTask(gate="context-only"), anneal_units=0.676),
     # Ours: the study's natural next step.
     "orderhead-on-rar150":        Recipe(FixedOrder(order="raster"), 0.324, True, True, start="rar-300", start_checkpoint="random-end", task=OrderHeadTask(is_body_frozen=True, baseline=None), anneal_units=0.324),
     "orderhead-on-rar150-joint":  Recipe(FixedOrder(order="raster"), 0.324, True, True, start="rar-300", start_checkpoint="random-end", task=OrderHeadTask(baseline=None), anneal_units=0.324),
@@ -666,6 +674,7 @@ def sample_config(row: Row, scale: Scale, seed: int = 0) -> SampleConfig:
             "batch": scale.sample_batch,
             "sampler": row.sampler,
             "target": row.target,
+            "rescore": row.rescore,
             "seed": seed,
         }
     )

@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from orderlab.config import SampleConfig
+from orderlab.config import RunConfig, SampleConfig
 from orderlab.data.imagenet import class_rows
 from orderlab.data.npz import FAULTS
 from orderlab.errors import UserError
 from orderlab.models.checkpoints import load_model
+from orderlab.models.oracle import load_oracle, true_class_probability
 from orderlab.runtime.dist import World, world
 from orderlab.runtime.files import read_json, write_json
 from orderlab.runtime.keys import generator, image_seeds
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling.methods import Method, method_for, passes
-from orderlab.sampling.semifast import Made
+from orderlab.sampling.semifast import Made, Rescore
 
 
 class SampleSet:
@@ -64,7 +65,8 @@ def content_hash(folder: Path) -> str:
 
 def sample_name(config: SampleConfig, checkpoint: str = "final") -> str:
     """The folder name of a sample set: readable, and different for different settings."""
-    rest = config.model_dump(exclude={"order", "guidance", "sampler", "batch"})
+    is_said = {"order", "guidance", "sampler", "batch"} | ({"rescore"} if config.rescore == "likelihood" else set())
+    rest = config.model_dump(exclude=is_said)
     digest = hashlib.sha256(repr((sorted(rest.items()), checkpoint)).encode()).hexdigest()[:6]
     sampler = "" if config.sampler == "kv-cache" else f"-{config.sampler}"
     return f"{config.order.replace(':', '')}-g{config.guidance:g}{sampler}-n{config.images}-{digest}"
@@ -97,8 +99,8 @@ def run(
         raise UserError(f"{weights} does not exist; train the run to its end first (its state is '{folder.status()['state']}')")
     with world() as here:
         model = load_model(weights).to(here.device)
-        method = method_for(model, config)
         run_config = folder.config()
+        method = method_for(model, config, _oracle_value(folder, run_config, here.device) if config.rescore == "oracle" else None)
         classes_N = sample_classes(config, class_rows(run_config.data, run_config.model.classes))
         seconds, timed = _sample_parts(method, config, classes_N, out, here, progress or (lambda done, total: None))
         here.barrier()
@@ -113,6 +115,22 @@ def run(
             write_json(out / "sample.json", meta)
         here.barrier()
     return out
+
+
+def _oracle_value(folder: RunFolder, run_config: RunConfig, device: torch.device) -> Rescore:
+    """What `rescore="oracle"` chooses by: the true class's probability, by the oracle of the same scale and seed."""
+    file = folder.root.parent.parent / f"oracle@{run_config.scale}" / f"seed{run_config.seed}" / "checkpoints" / "final.safetensors"
+    if not file.exists():
+        raise UserError(
+            f"rescore=oracle needs {file}, which does not exist; first run: orderlab train oracle --scale {run_config.scale} --seed {run_config.seed}"
+        )
+    oracle = load_oracle(file).to(device)
+
+    @torch.inference_mode()
+    def value(tokens_BP: torch.Tensor, classes_B: torch.Tensor, order_BT: torch.Tensor) -> torch.Tensor:
+        return true_class_probability(oracle, tokens_BP.to(device), classes_B.to(device))
+
+    return value
 
 
 def _parts(config: SampleConfig) -> int:

@@ -88,6 +88,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     sampler: str = "kv-cache",
+    rescore: str = "likelihood",
     labels: str = "balanced",
     batch: int = 250,
     seed: int = 0,
@@ -103,14 +104,16 @@ def sample(
 
     Args:
         run: the run folder, such as runs/raster-300@demo/seed0
-        order: name of the path; random:SEED for a random one (samplers of masked models have their own)
+        order: name of the path; random:SEED for a random one, shuffled for one an image, learned for an OrderHead's
         images: how many
         guidance: uncond + s (cond - uncond); 1 or less is off
         guidance_schedule: none, linear or power-cosine
         temperature: divides the logits
         top_k: keep the k largest logits; 0 keeps all
         top_p: keep the smallest set of this probability
-        sampler: kv-cache or full-forward; of a masked model unmask-random-T, unmask-confidence-T or unmask-halton-T, in T steps
+        sampler: kv-cache, full-forward or best-of-N; in learned order semifast-N, fast, phases-N or slow; of a masked model
+            unmask-random-T, unmask-confidence-T or unmask-halton-T, in T steps and an order of their own
+        rescore: likelihood or oracle; what best-of-N and semifast-N choose by
         labels: balanced or iid
         batch: images at a time; changes nothing but speed and memory
         seed: image i is a function of (seed, i)
@@ -122,16 +125,29 @@ def sample(
         dry_run: print the cost; generate nothing
         json: print for programs
     """
-    from orderlab.config import SampleConfig
+    from orderlab.config import PATHLESS, SampleConfig
 
-    names = ("order", "images", "guidance", "guidance_schedule", "temperature", "top_k", "top_p", "sampler", "labels", "batch", "seed")
+    names = (
+        "order",
+        "images",
+        "guidance",
+        "guidance_schedule",
+        "temperature",
+        "top_k",
+        "top_p",
+        "sampler",
+        "rescore",
+        "labels",
+        "batch",
+        "seed",
+    )
     if order == "raster" and sampler.startswith("unmask-"):
         order = sampler.split("-")[1]  # these samplers have an order of their own
     values = locals()
     config = validated(SampleConfig, {name: values[name] for name in names})
     from orderlab.order.paths import parse_order_name
 
-    if not sampler.startswith("unmask-"):
+    if order not in PATHLESS and not sampler.startswith("unmask-"):
         parse_order_name(order)
     if npz is not None:
         from orderlab.sampling.export import check_rules
