@@ -110,6 +110,11 @@ def run(
     return out
 
 
+def _part_file(out: Path, config: SampleConfig, part: int) -> Path:
+    """Named by its images: a set that goes on with another batch size must not take a part for a longer one."""
+    return out / f"part-{part * config.batch:06d}-{min(config.images, (part + 1) * config.batch):06d}.npy"
+
+
 def _parts(config: SampleConfig) -> int:
     return -(-config.images // config.batch)
 
@@ -125,7 +130,7 @@ def _sample_parts(
     )
     seconds, timed = 0.0, 0
     for part in range(here.rank, _parts(config), here.size):
-        file = out / f"part-{part:06d}.npy"
+        file = _part_file(out, config, part)
         if not file.exists():
             # The last batch is padded with images beyond the set, so that every batch has one shape.
             indices = np.arange(part * config.batch, (part + 1) * config.batch)
@@ -144,8 +149,8 @@ def _sample_parts(
 
 
 def _join_parts(out: Path, config: SampleConfig, classes_N: np.ndarray) -> None:
-    parts = [out / f"part-{part:06d}.npy" for part in range(_parts(config))]
+    parts = [_part_file(out, config, part) for part in range(_parts(config))]
     np.save(out / "tokens.npy", np.concatenate([np.load(part) for part in parts]))
     np.save(out / "classes.npy", classes_N.astype(np.int32))
-    for part in parts:
+    for part in out.glob("part-*"):
         part.unlink()
