@@ -1,11 +1,13 @@
-"""The paper scale in small, by its own code path: images -> tokens -> training on two processes, killed, resumed on one -> samples -> likelihood.
+"""The paper scale in small, by its own code path: images -> tokens -> training on two processes, killed, resumed on one -> an image file -> scores.
 
 48 JPEGs of 64 pixels, a tokenizer with random weights, the catalogue's `rar-300` at scale `paper` with a model of toy size: bf16
-autocast, accumulation, moving average, checkpoints. Nothing in the numbers means anything but that they agree.
+autocast, accumulation, moving average, compiled blocks, checkpoints; samples as ADM's npz from two processes and from one, scored against a reference
+of the validation images by a scripted network. Nothing in the numbers means anything but that they agree.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +18,15 @@ import torch
 from PIL import Image
 
 from orderlab import catalog, cli
-from orderlab.config import RunConfig, SampleConfig
+from orderlab.config import RunConfig
 from orderlab.data.check import picture
-from orderlab.data.prepare import decode, tokenizer
 from orderlab.data.tokens import TokenSet
 from orderlab.evaluate import likelihood
 from orderlab.models.vq import PRESETS, VQ
 from orderlab.runtime.run import RunFolder
-from orderlab.sampling import sample
+from orderlab.sampling.sample import SampleSet
 from orderlab.training.loop import run
+from tests.evaluate.test_extractors import Means, scripted
 from tests.training.test_loop import assert_close, in_process
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -40,14 +42,6 @@ TOY = {
 NO_DROPOUT = {"model.token_dropout": 0.0, "model.residual_dropout": 0.0, "model.ffn_dropout": 0.0}  # it is drawn by process
 SHORT = {"images": 320, "batch": 8, "micro_batch": 2, "checkpoint_every": 80, "validate_every": 160, "compile": False}
 
-SAMPLE = """
-import sys, torch
-from orderlab.config import SampleConfig
-from orderlab.sampling import sample
-torch.set_num_threads(1)
-sample.run(SampleConfig.model_validate_json(sys.argv[1]), sys.argv[2])
-"""
-
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [*TORCHRUN, "-m", "orderlab.cli", *arguments]
@@ -58,7 +52,7 @@ def paper_config(data: Path, **changes: object) -> RunConfig:
     return catalog.resolve("rar-300", "paper", 0, **{**TOY, **NO_DROPOUT, **SHORT, "data.folder": str(data), **changes})
 
 
-def test_rehearsal(image_tree: Path, small_vq: Path, tmp_path: Path) -> None:
+def test_rehearsal(image_tree: Path, small_vq: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     for split, processes, flip in (("train", 2, ["--flip"]), ("validation", 1, [])):
         arguments = [
@@ -82,55 +76,60 @@ def test_rehearsal(image_tree: Path, small_vq: Path, tmp_path: Path) -> None:
     cli.main(["tokens", "check", str(data / "train")])
     assert picture(TokenSet(data / "train"), tmp_path / "items.png", 4, str(small_vq)) == [0, 16, 31, 47]
 
-    config = paper_config(data)
+    config = paper_config(data, **{"data.tokenizer": str(small_vq)})
     assert (config.precision, config.model.target_embedding, config.optim.ema, config.policy.kind) == ("bf16", True, 0.9999, "annealed")
     whole, killed = tmp_path / "whole/rar/seed0", tmp_path / "killed/rar/seed0"
     run(config, whole)
+    config = config.edited(compile=shutil.which("g++") is not None)  # blocks compiled in place, then DDP, where there is a compiler
     assert in_process(config, killed, when=120, how="SIGKILL", processes=2).returncode != 0
     assert RunFolder(killed).status() == {"state": "training", "images": 80, "of": 320}
-    assert run(config, killed) == "trained"
+    assert in_process(config, killed).stdout.strip() == "trained"
     assert_close(whole, killed, "bf16")
     assert {"random-end", "anneal-end", "final", "final-ema"} <= {f.stem for f in (killed / "checkpoints").iterdir()}
 
-    settings = SampleConfig(images=10, batch=3, guidance=2.0)
-    one = sample.SampleSet(sample.run(settings, whole))
-    (tmp_path / "sample.py").write_text(SAMPLE)
-    again = tmp_path / "again/rar/seed0"
+    again = tmp_path / "again/rar/seed0"  # the same run, sampled on two processes
     again.mkdir(parents=True)
     for name in ("config.json", "checkpoints"):
-        (again / name).symlink_to(whole / name)
-    result = subprocess.run(
-        [*TORCHRUN, str(tmp_path / "sample.py"), settings.model_dump_json(), str(again)], capture_output=True, text=True, timeout=240
-    )
+        (again / name).symlink_to(killed / name)
+    files = [tmp_path / name for name in ("one.npz", "two.npz")]
+    options = ["--images", "60", "--batch", "16", "--guidance", "2.0"]
+    cli.main(["sample", str(killed), *options, "--npz", str(files[0])])
+    result = run_cli("sample", str(again), *options, "--npz", str(files[1]), "--json")
     assert result.returncode == 0, result.stderr[-2000:]
-    two = sample.SampleSet(again / "samples" / one.folder.name)
-    assert np.array_equal(one.tokens_NP, two.tokens_NP)
-    assert np.array_equal(one.classes_N, two.classes_N)
-    assert decode(tokenizer(str(small_vq)), two.tokens_NP).shape == (10, 64, 64, 3)
+    assert json.loads(result.stdout)["npz"] == str(files[1])  # one of them speaks
+    assert_same_samples(killed, again, files)
+    score(files, image_tree / "validation", tmp_path, capsys)
     measured = likelihood.run(killed, ["raster"])
     assert 0 < next(iter(measured.values()))["nll_per_token"] < 2 * np.log(64)
 
 
-@pytest.mark.slow
-def test_rehearsal_with_compiled_blocks(image_tree: Path, small_vq: Path, tmp_path: Path) -> None:
-    """`block.compile()`, then DDP, on two processes: the losses of the uncompiled run."""
-    for split in ("train", "validation"):
-        arguments = [
-            "--images",
-            str(image_tree / split),
-            "--out",
-            str(tmp_path / "data" / split),
-            "--tokenizer",
-            str(small_vq),
-            "--size",
-            "64",
-        ]
-        cli.main(["tokenize", "imagenet", *arguments])
-    config = paper_config(tmp_path / "data")
-    run(config, tmp_path / "plain/rar/seed0")
-    result = in_process(config.edited(compile=True), tmp_path / "compiled/rar/seed0", processes=2)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert_close(tmp_path / "plain/rar/seed0", tmp_path / "compiled/rar/seed0", "bf16")
+def assert_same_samples(one: Path, other: Path, files: list[Path]) -> None:
+    """Two processes drew the tokens of one, decoded them to the same pixels, and left one file."""
+    sets = [SampleSet(next((run_dir / "samples").iterdir())) for run_dir in (one, other)]
+    assert (sets[0].meta["processes"], sets[1].meta["processes"]) == (1, 2)
+    assert np.array_equal(sets[0].tokens_NP, sets[1].tokens_NP)
+    first, second = (dict(np.load(file)) for file in files)
+    assert first["arr_0"].shape == (60, 64, 64, 3)
+    assert first["arr_0"].tobytes() == second["arr_0"].tobytes()
+    assert first["arr_1"].tolist() == second["arr_1"].tolist() == [i % 4 for i in range(60)]
+    assert not list(files[0].parent.glob(".*part"))
+
+
+def score(files: list[Path], validation: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both files get the same numbers; the reference scores a perfect distance against itself, the samples of a toy do not."""
+    network = str(scripted(Means(), folder / "means.pt"))
+    reference = folder / "reference.npz"
+    cli.main(["reference", str(validation), "--out", str(reference), "--size", "64", "--network", network])
+    found = []
+    for file in (*files, reference):
+        capsys.readouterr()
+        cli.main(["score", str(file), "--reference", str(reference), "--network", network, "--json"])
+        records = json.loads(capsys.readouterr().out)[file.name]["records"]
+        found.append({record["metric"]: record["value"] for record in records})
+    assert found[0] == found[1]
+    assert set(found[0]) == {"FD-means", "precision (means)", "recall (means)", "KID-means"}
+    assert found[2]["FD-means"] < 1e-6 < found[0]["FD-means"]
+    assert (found[2]["precision (means)"], found[2]["recall (means)"]) == (1, 1)
 
 
 @pytest.mark.slow

@@ -34,7 +34,8 @@ def test_precision_and_recall_are_adms_in_fp32(pool, block):
     assert result.precision == ADM["R"]["adm_pool"]["precision_fp32"]
     assert result.recall == ADM["R"]["adm_pool"]["recall_fp32"]
     for side, radii in (("ref", pool["radii_ref_fp32"]), ("smp", pool["radii_smp_fp32"])):
-        ours = neighbours._radii(torch.from_numpy(pool[f"{side}_pool"]), 3, block)
+        features = torch.from_numpy(pool[f"{side}_pool"])
+        ours = neighbours._radii(features, 3, block, neighbours._Frame.around(features))
         np.testing.assert_allclose(ours, radii[:, 0], rtol=2e-5)
 
 
@@ -93,6 +94,57 @@ def test_half_precision_overflow_falls_back_to_full(pool):
     result = precision_recall(pool["ref_pool"] * 2**9, pool["smp_pool"] * 2**9, mode="adm-fp16")
     assert result.precision == ADM["R"]["adm_pool"]["precision_fp32"]
     assert result.recall == ADM["R"]["adm_pool"]["recall_fp32"]
+
+
+def by_brute_force(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[float, float]:
+    """Every distance as a sum of squared differences in float64; ties by a share of the squared distance from the centre."""
+    sides = [side.astype(np.float64) - reference.mean(0, dtype=np.float64) for side in (reference, samples)]
+
+    def squared(u, v):
+        return ((u[:, None] - v[None]) ** 2).sum(2)
+
+    radii = [np.sort(squared(side, side), 1)[:, k] for side in sides]
+    distances = squared(*sides)
+    return (distances <= radii[0][:, None]).any(0).mean(), (distances <= radii[1][None]).any(1).mean()
+
+
+@pytest.mark.parametrize("case", ["plain", "offset", "outlier", "duplicates", "tiny", "huge", "near", "collapsed", "few"])
+def test_what_float32_leaves_open_is_decided_in_float64(case):
+    """Inputs for which float32 alone is wrong or knows nothing: the answers stay those of float64, whatever the tile."""
+    generator = np.random.default_rng(12)
+    reference, samples = generator.normal(size=(90, 24)), generator.normal(size=(70, 24)) * 1.1
+    if case == "offset":
+        reference, samples = reference + 1e5, samples + 1e5
+    elif case == "outlier":
+        reference[3], samples[5] = 1e7, -1e6
+    elif case == "duplicates":
+        reference[:40], samples[:30] = reference[40:80], reference[:30]
+    elif case in ("tiny", "huge"):
+        reference, samples = (side * {"tiny": 1e-30, "huge": 1e30}[case] for side in (reference, samples))
+    elif case == "near":  # squared distances of 1e-8 between rows of length 1
+        reference, samples = (np.eye(24)[generator.integers(0, 24, len(side))] + 1e-4 * side for side in (reference, samples))
+    elif case == "collapsed":
+        samples = np.repeat(samples[:1], 70, 0)
+    elif case == "few":
+        reference, samples = reference[:5], samples[:6]
+    expected = by_brute_force(reference, samples, 3)
+    for block in (13, 1000):
+        result = precision_recall(reference, samples, block=block)
+        assert (result.precision, result.recall) == expected
+
+
+def test_float32_decides_nearly_everything(big, monkeypatch):
+    """The bound is no more than that: of 1,000 rows a few are compared in float64."""
+    compared = []
+    for name in ("_held", "_radii_in_float64"):
+        slow = getattr(neighbours, name)
+        monkeypatch.setattr(neighbours, name, lambda rows, *rest, slow=slow: compared.append(len(rows)) or slow(rows, *rest))
+    reference, samples = big(500, 512, 51, 0.0), big(500, 512, 52, 0.01)
+    found = precision_recall(reference, samples)
+    assert sum(compared) < 100
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert precision_recall(reference, samples) == found
+    assert sum(compared) > 1900  # nothing is left to rough products
 
 
 def test_precision_and_recall_at_2048_features(big):

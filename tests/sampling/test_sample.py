@@ -92,11 +92,27 @@ def test_a_killed_set_goes_on_from_its_finished_batches(run_dir: Path) -> None:
     with pytest.raises(Killed):
         sample.run(config, run_dir, progress=stop)
     out = run_dir / "samples" / sample.sample_name(config)
-    assert sorted(p.name for p in out.glob("part-*")) == ["part-000000.npz", "part-000001.npz"]
-    kept = np.load(out / "part-000001.npz")["tokens"]
+    assert sorted(p.name for p in out.glob("part-*")) == ["part-000000-000010.npz", "part-000010-000020.npz"]
+    kept = np.load(out / "part-000010-000020.npz")["tokens"]
     finished = sample.SampleSet(sample.run(config, run_dir))
     np.testing.assert_array_equal(finished.tokens_NP[10:20], kept)
     assert len(finished.tokens_NP) == 23
+
+
+def test_a_killed_set_goes_on_with_another_batch_size(run_dir: Path) -> None:
+    config = CONFIG.edited(seed=4)
+    out = run_dir / "samples" / sample.sample_name(config)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample.run(config, run_dir, progress=stop)
+    begun = np.load(out / "part-000000-000010.npy")
+    finished = sample.SampleSet(sample.run(config.edited(batch=7), run_dir))
+    assert (finished.tokens_NP[:10] == begun).mean() > 0.99  # another batch size may round a draw the other way
+    assert len(finished.tokens_NP) == 23
+    assert sorted(p.name for p in out.iterdir()) == ["classes.npy", "sample.json", "tokens.npy"]
 
 
 def test_iid_labels_are_a_function_of_the_seed() -> None:

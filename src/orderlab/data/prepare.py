@@ -83,7 +83,7 @@ def codebook(data: DataConfig, token_set: TokenSet) -> torch.Tensor:
 
 def decode(vq: VQ, tokens_NP: np.ndarray | torch.Tensor, batch: int = 250) -> np.ndarray:
     """Tokens [N, P] in grid space to uint8 images [N, H, W] (grey) or [N, H, W, 3]."""
-    tokens = torch.as_tensor(np.asarray(tokens_NP, dtype=np.int64))
+    tokens = torch.as_tensor(np.asarray(tokens_NP, dtype=np.int64)).to(next(vq.parameters()).device)
     with torch.inference_mode():
         return np.concatenate([to_uint8(vq.decode(part)) for part in tokens.split(batch)])
 

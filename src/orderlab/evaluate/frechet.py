@@ -20,6 +20,7 @@ from orderlab.errors import UserError
 from orderlab.evaluate.arrays import Array, checked, checked_pair
 
 PANEL = 256  # columns of a block in the products whose result is symmetric
+ROWS = 1024  # rows that are centred at a time: small enough that their memory is used again
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,25 @@ class MomentAccumulator:
 
     def add(self, features_ND: Array) -> None:
         """Take in one batch of any size; UserError if it is not finite or its width differs from the batches before."""
-        batch_ND = checked(features_ND, "features", 2, torch.float64)
-        count, width = batch_ND.shape
+        features_ND = checked(features_ND, "features", 2)
+        width = features_ND.shape[1]
         if self._count == 0:
             self._mean_D = torch.zeros(width, dtype=torch.float64)
             self._scatter_DD = torch.zeros(width, width, dtype=torch.float64)
         if width != len(self._mean_D):
             raise UserError(f"this batch has {width} features and the ones before had {len(self._mean_D)}: use one network and one layer")
+        for rows_BD in features_ND.split(ROWS):
+            self._add(rows_BD.double())
+
+    def _add(self, rows_BD: Tensor) -> None:
+        count, width = rows_BD.shape
         total = self._count + count
-        mean_D = batch_ND.mean(0)
-        centred_ND = batch_ND - mean_D
+        mean_D = rows_BD.mean(0)
+        centred_BD = rows_BD - mean_D
         shift_D = mean_D - self._mean_D
         for start in range(0, width, PANEL):  # the upper triangle: half the work
             panel = slice(start, start + PANEL)
-            self._scatter_DD[panel, start:].addmm_(centred_ND[:, panel].T, centred_ND[:, start:])
+            self._scatter_DD[panel, start:].addmm_(centred_BD[:, panel].T, centred_BD[:, start:])
         self._scatter_DD.addr_(shift_D, shift_D, alpha=self._count * count / total)
         self._mean_D = self._mean_D + shift_D * (count / total)
         self._count = total
@@ -85,16 +91,20 @@ class MomentAccumulator:
         """The moments of all rows so far; UserError below two rows."""
         if self._count < 2:
             raise UserError(f"a covariance needs at least 2 rows of features, got {self._count}: add more images")
-        scatter_DD = self._scatter_DD.triu() + self._scatter_DD.triu(1).T
-        return Moments(self._mean_D.numpy().copy(), scatter_DD.div_(self._count - 1).numpy(), self._count)
+        covariance_DD = self._scatter_DD / (self._count - 1)
+        for start in range(0, len(covariance_DD), PANEL):  # the lower triangle, from the upper one
+            stop = start + PANEL
+            covariance_DD[stop:, start:stop] = covariance_DD[start:stop, stop:].T
+            square_BB = covariance_DD[start:stop, start:stop]
+            square_BB.copy_(square_BB.triu() + square_BB.triu(1).T)
+        return Moments(self._mean_D.numpy().copy(), covariance_DD.numpy(), self._count)
 
 
 def moments(features_ND: Array, mean_dtype: Literal["float32", "float64"] = "float64") -> Moments:
     """Mean and unbiased covariance of features; `mean_dtype="float32"` takes the mean as ADM does, over float32 rows in float32."""
     features_ND = checked(features_ND, "features", 2)
     accumulator = MomentAccumulator()
-    for block_BD in features_ND.split(4096):
-        accumulator.add(block_BD)
+    accumulator.add(features_ND)
     result = accumulator.result()
     if mean_dtype == "float64":
         return result
@@ -124,10 +134,11 @@ def _gaussian(mean: Array, covariance: Array, name: str) -> tuple[Tensor, Tensor
     if covariance_DD.shape != (width, width):
         shape = tuple(covariance_DD.shape)
         raise UserError(f"the {name} mean has {width} entries and its covariance has shape {shape}: expected [{width}, {width}]")
-    difference_DD = covariance_DD - covariance_DD.T
-    if difference_DD.abs_().max() > 1e-4 * max(covariance_DD.max(), -covariance_DD.min()):
+    panels = zip(covariance_DD.split(PANEL), covariance_DD.split(PANEL, dim=1))
+    difference = max(float((rows_BD - columns_DB.T).abs_().max()) for rows_BD, columns_DB in panels)
+    if difference > 1e-4 * max(covariance_DD.max(), -covariance_DD.min()):
         raise UserError(f"the {name} covariance is not symmetric: expected a covariance matrix such as np.cov(features, rowvar=False)")
-    return mean_D, (covariance_DD + covariance_DD.T) / 2
+    return mean_D, (covariance_DD + covariance_DD.T) / 2 if difference else covariance_DD
 
 
 def _eigenvalues_at_least_zero(values: Tensor) -> Tensor:
@@ -154,15 +165,13 @@ def _whitened(covariance_DD: Tensor, factor_DD: Tensor) -> Tensor:
     NOTE: solvers read the lower triangle. At D = 2048 the upper one costs three digits: 3e-9 in a distance of 7, against 3e-12.
     """
     width = len(factor_DD)
-    is_lower = width > PANEL and not factor_DD.triu(1).any()
-    half_DD, product_DD = torch.empty_like(covariance_DD), torch.zeros_like(covariance_DD)
+    is_lower = not any(factor_DD[:start, start : start + PANEL].any() for start in range(PANEL, width, PANEL))
+    product_DD = torch.zeros_like(covariance_DD)
     for start in range(0, width, PANEL):
         first, panel = start if is_lower else 0, slice(start, start + PANEL)
-        half_DD[:, panel] = covariance_DD[:, first:] @ factor_DD[first:, panel]
-    for start in range(0, width, PANEL):
-        first, panel = start if is_lower else 0, slice(start, start + PANEL)
-        product_DD[start:, panel] = factor_DD[first:, start:].T @ half_DD[first:, panel]
-    if not torch.isfinite(product_DD).all():
+        half_DB = covariance_DD[first:, first:] @ factor_DD[first:, panel]
+        torch.mm(factor_DD[first:, start:].T, half_DB, out=product_DD[start:, panel])
+    if not torch.isfinite(product_DD.sum()) and not torch.isfinite(product_DD).all():
         raise UserError("the product of the two covariances overflows float64: rescale the features")
     return product_DD
 

@@ -48,6 +48,14 @@ class World:
         """The mean over processes; `value` itself when alone."""
         return self.sum(value) / self.size if self.size > 1 else value
 
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """Every process's tensor, all of one shape and on the CPU, at the first process; nothing at the others."""
+        if self.size == 1:
+            return [value]
+        parts = [torch.empty_like(value) for _ in range(self.size)] if self.is_main else None
+        dist.gather(value, parts)
+        return parts or []
+
     def any(self, flag: bool) -> bool:
         """True on every process when it is true on one. The flag stays on the CPU (gloo): a GPU is not waited for."""
         if self.size == 1:
@@ -59,6 +67,9 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """A sample set as one of ADM's image files, by the publisher's rules, without holding the images.
 
 The rules differ between papers and move a metric by more than its error (docs/concepts.md): how labels were chosen is the sample set's own; here
-are the resize (bicubic without antialias, before rounding, as LlamaGen's 384 to 256) and the rounding to uint8.
+are the resize (bicubic without antialias, before rounding, as LlamaGen's 384 to 256) and the rounding to uint8. Several processes decode
+batches in turn and the first writes them; batches have one shape, so the number of processes changes no pixel.
 
 B batch · N images
 """
@@ -20,6 +21,7 @@ from orderlab.data.images import as_three_channels
 from orderlab.data.npz import NpzWriter
 from orderlab.errors import UserError
 from orderlab.models.vq import VQ, tokenizer_hash
+from orderlab.runtime.dist import ALONE, World, world
 from orderlab.sampling.sample import SampleSet
 
 OFFSETS = {"llamagen": 128.0, "truncate": 127.5}
@@ -45,36 +47,63 @@ def quantise(images: Tensor, rounding: str = "llamagen") -> np.ndarray:
     return as_three_channels(pixels[..., 0]) if pixels.shape[3] == 1 else pixels
 
 
-def decoded(samples: SampleSet, vq: VQ, rounding: str, size: int | None) -> Iterator[np.ndarray]:
-    """uint8 batches [B,H,W,3] of a sample set, in its order."""
+def decoded(samples: SampleSet, vq: VQ, rounding: str, size: int | None, here: World = ALONE) -> Iterator[np.ndarray]:
+    """uint8 batches [B,H,W,3] of a sample set, in its order. Of several processes the first yields them all, the others nothing."""
     highest, vocabulary = int(samples.tokens_NP.max()), vq.config.codebook_size
     if not 0 <= int(samples.tokens_NP.min()) <= highest < vocabulary:
         raise UserError(
             f"sample set {samples.folder} holds code {highest}, the tokenizer has {vocabulary}; was it sampled with another one?"
         )
-    for start in range(0, len(samples.tokens_NP), BATCH):
-        tokens = torch.from_numpy(samples.tokens_NP[start : start + BATCH].astype(np.int64))
-        with torch.inference_mode():
-            images = vq.decode(tokens).float()
-            if size is not None and images.shape[2:] != (size, size):
-                images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=False)
-        yield quantise(images, rounding)
+    count = len(samples.tokens_NP)
+    batch = min(BATCH, count)
+    for start in range(0, count, batch * here.size):
+        own = start + batch * here.rank
+        rows = np.arange(own, own + batch) % count  # what lies beyond the end is filled up from the front, and dropped below
+        images = _images(vq, samples.tokens_NP[rows], rounding, size)
+        for part, gathered in enumerate(here.gather(torch.from_numpy(np.ascontiguousarray(images)))):
+            kept = gathered[: max(0, count - start - part * batch)]
+            if len(kept):
+                yield kept.numpy()
+
+
+@torch.inference_mode()
+def _images(vq: VQ, tokens_BP: np.ndarray, rounding: str, size: int | None) -> np.ndarray:
+    device = next(vq.parameters()).device
+    images = vq.decode(torch.from_numpy(tokens_BP.astype(np.int64)).to(device)).float()
+    if size is not None and images.shape[2:] != (size, size):
+        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=False)
+    return quantise(images, rounding)
 
 
 def write_npz(samples: SampleSet, vq: VQ, file: Path, *, rounding: str = "llamagen", size: int | None = None) -> Path:
-    """Write `arr_0` uint8 [N,H,W,3], `arr_1` labels [N] and a note of the rules. Raises UserError when the file cannot be written."""
+    """Write `arr_0` uint8 [N,H,W,3], `arr_1` labels [N] and a note of the rules. Raises UserError when the file cannot be written.
+
+    Under torchrun every process calls this; the file is there when it returns.
+    """
     check_rules(rounding, size)
-    batches = decoded(samples, vq, rounding, size)
-    first = next(batches)
-    config = samples.config
-    note = {
-        "label_mode": config.labels,
+    with world() as here:
+        batches = decoded(samples, vq.to(here.device), rounding, size, here)
+        if here.is_main:
+            _write(samples, batches, file, _note(samples, vq, rounding, size))
+        else:
+            list(batches)  # nothing: they go to the first process
+        here.barrier()
+    return file
+
+
+def _note(samples: SampleSet, vq: VQ, rounding: str, size: int | None) -> dict[str, object]:
+    return {
+        "label_mode": samples.config.labels,
         "rounding": rounding,
         "resize": "none" if size is None else f"bicubic without antialias to {size}",
-        "seeds": [config.seed],
+        "seeds": [samples.config.seed],
         "tokenizer": tokenizer_hash(vq),
         "sample": samples.meta,
     }
+
+
+def _write(samples: SampleSet, batches: Iterator[np.ndarray], file: Path, note: dict[str, object]) -> None:
+    first = next(batches)
     with NpzWriter(file) as writer:
         with writer.rows("arr_0", (len(samples.tokens_NP), *first.shape[1:]), np.uint8) as add:
             add(first)
@@ -82,4 +111,3 @@ def write_npz(samples: SampleSet, vq: VQ, file: Path, *, rounding: str = "llamag
                 add(images)
         writer.array("arr_1", samples.classes_N.astype(np.int64))
         writer.note(note)
-    return file

@@ -144,7 +144,7 @@ def _sample_parts(
     out.mkdir(parents=True, exist_ok=True)
     seconds, timed = 0.0, 0
     for part in range(here.rank, _parts(config), here.size):
-        file = part_file(out, part)
+        file = _part_file(out, config, part)
         if not file.exists():
             # The last batch is padded with images beyond the set, so that every batch has one shape.
             indices = np.arange(part * config.batch, (part + 1) * config.batch)
@@ -158,8 +158,9 @@ def _sample_parts(
     return seconds, timed
 
 
-def part_file(out: Path, part: int) -> Path:
-    return out / f"part-{part:06d}.npz"
+def _part_file(out: Path, config: SampleConfig, part: int) -> Path:
+    """Named by its images: a set that goes on with another batch size must not take a part for a longer one."""
+    return out / f"part-{part * config.batch:06d}-{min(config.images, (part + 1) * config.batch):06d}.npz"
 
 
 def _write_part(file: Path, made: Made, kept: int) -> None:
@@ -175,10 +176,10 @@ def _write_part(file: Path, made: Made, kept: int) -> None:
 
 
 def _join_parts(out: Path, config: SampleConfig, classes_N: np.ndarray) -> None:
-    parts = [part_file(out, part) for part in range(_parts(config))]
+    parts = [_part_file(out, config, part) for part in range(_parts(config))]
     loaded = [dict(np.load(part)) for part in parts]
     for name in loaded[0]:
         np.save(out / f"{name}.npy", np.concatenate([arrays[name] for arrays in loaded]))
     np.save(out / "classes.npy", classes_N.astype(np.int32))
-    for part in parts:
+    for part in out.glob("part-*"):
         part.unlink()

@@ -162,16 +162,18 @@ def sample(
         return
     from orderlab.report.collect import save_samples
     from orderlab.runtime.console import Console
+    from orderlab.runtime.dist import world
     from orderlab.sampling import sample as module
 
-    with Console(quiet=json).progress(f"sample {order}", images) as bar:
-        out = module.run(config, run, checkpoint=checkpoint, progress=lambda done, total: bar.update(done))
-    if picture is not None:
-        save_samples(run, out.name, picture)
-    if npz is not None:
-        from orderlab.verbs.quality import write_npz
+    with world() as here:
+        with Console(quiet=json).progress(f"sample {order}", images) as bar:
+            out = module.run(config, run, checkpoint=checkpoint, progress=lambda done, total: bar.update(done))
+        if picture is not None and here.is_main:
+            save_samples(run, out.name, picture)
+        if npz is not None:
+            from orderlab.verbs.quality import write_npz
 
-        write_npz(out, npz, rounding, resize)
+            write_npz(out, npz, rounding, resize)
     print_result({"samples": str(out), **({"npz": str(npz)} if npz else {})}, json)
 
 
