@@ -77,3 +77,18 @@ def test_every_run_of_a_scale_has_its_line(capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     expected = [name for name, recipe in catalog.RECIPES.items() if not recipe.is_pretraining]
     assert [line.split()[0] for line in out.splitlines()[2:-1]] == expected
+
+
+def test_an_order_head_adds_its_parameters_and_the_pass_whose_states_it_scores() -> None:
+    scale = catalog.scale_named("paper")
+    raster, exp3, exp1 = (training_cost(catalog.resolve(run, "paper"), scale) for run in ("raster-300", "orderhead-exp3", "orderhead-exp1"))
+    assert exp3["parameters"] - raster["parameters"] == 3_459_841
+    assert exp3["training_pflop"] / raster["training_pflop"] == pytest.approx(4 / 3, rel=0.1)  # a raster pass beside three
+    assert exp1["steps"] == pytest.approx(48_100, rel=0.01)
+
+
+def test_semifast_8_decodes_nine_images_and_looks_at_each_once_more() -> None:
+    scale = catalog.scale_named("paper")
+    plain, eight = (SampleConfig(order=order, sampler=sampler) for order, sampler in (("raster", "kv-cache"), ("learned", "semifast-8")))
+    costs = [sampling_cost(scale.model, config, scale)["sampling_pflop"] for config in (plain, eight)]
+    assert costs[1] / costs[0] == pytest.approx(9 + 9 / 2)  # guidance has two branches, states and choice have one

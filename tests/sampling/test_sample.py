@@ -108,7 +108,7 @@ def test_a_killed_set_goes_on_with_another_batch_size(run_dir: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         sample.run(config, run_dir, progress=stop)
-    begun = np.load(out / "part-000000-000010.npy")
+    begun = np.load(out / "part-000000-000010.npz")["tokens"]
     finished = sample.SampleSet(sample.run(config.edited(batch=7), run_dir))
     assert (finished.tokens_NP[:10] == begun).mean() > 0.99  # another batch size may round a draw the other way
     assert len(finished.tokens_NP) == 23

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -56,7 +57,7 @@ def _pictures(run: str, folder: RunFolder) -> list[Picture]:
         pictures.append(Picture(f"scores-{run}", caption, score_maps(validations, config.model.grid)))
     drawn = _drafts(folder, config)
     if drawn is not None:
-        caption = f"{run}: drafts, and on each the first group that its order took (bright)."
+        caption = f"{run}: drafts, and on each the first group that its order took (tinted)."
         pictures.append(Picture(f"drafts-{run}", caption, first_groups(*drawn, config.model.grid)))
     return pictures
 
@@ -119,14 +120,14 @@ def _drafts(folder: RunFolder, config: RunConfig) -> tuple[np.ndarray, np.ndarra
 
 
 def first_groups(images: np.ndarray, is_first_NP: np.ndarray, grid: tuple[int, int]) -> Figure:
-    """Drafts in a row; what did not come first is veiled."""
+    """Drafts in a row, the first group of each tinted."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.96 * len(images), 1.0), layout="constrained")
         for axes, image, is_first_P in zip(figure.subplots(1, len(images), squeeze=False)[0], images, is_first_NP, strict=True):
             height, width = image.shape[:2]
             axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
-            veil = np.zeros((*grid, 4))
-            veil[..., :3], veil[..., 3] = 0.5, np.where(is_first_P.reshape(grid), 0.0, 0.72)
-            axes.imshow(veil, extent=(0, width, height, 0), interpolation="nearest")
+            tint = np.tile(to_rgba(order_colour("learned"), 0.55), (*grid, 1))
+            tint[~is_first_P.reshape(grid)] = 0.0
+            axes.imshow(tint, extent=(0, width, height, 0), interpolation="nearest")
             axes.set_axis_off()
         return figure
