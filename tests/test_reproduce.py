@@ -75,7 +75,7 @@ def test_a_second_time_nothing_is_done(runs: Path, capsys: pytest.CaptureFixture
 
 def test_dry_run_says_what_it_would_cost() -> None:
     costs = reproduce.dry_run(catalog.rows_named(["2-in100"]), "demo", 0)
-    assert costs["runs"]["raster-300"]["images"] == 72_000
+    assert costs["runs"]["raster-300"]["images"] == 60_000
     assert json.dumps(costs)
 
 

@@ -134,9 +134,7 @@ def _row(row: Row, scale: Scale, runs: Path, seed: int) -> ReportRow:
         nll=_nll(row, scale, runs, seed),
         source=row.source.printed(),
         cost=_cost(_json(folder.scores).get(name, {})),
-        note="; ".join(
-            note for note in (row_note(row, scale), _agreement(folder, own.sample, scale.sample_images), _failures(folder)) if note
-        ),
+        note="; ".join(note for note in (row_note(row, scale), _agreement(folder, own.sample), _failures(folder)) if note),
         samples=_images(folder, name, GRID_SAMPLES),
     )
 
@@ -245,14 +243,13 @@ def _phase_losses(folder: RunFolder, run: str, scale: Scale, seed: int) -> dict[
     return losses
 
 
-def _agreement(folder: RunFolder, config: SampleConfig, cached_images: int) -> str:
+def _agreement(folder: RunFolder, config: SampleConfig) -> str:
     """How many images of the full-forward sampler are, token for token, those of the KV cache."""
-    cached_config = config.edited(sampler="kv-cache", images=cached_images)
-    sets = [folder.samples / sample_name(c) for c in (config, cached_config)]
+    sets = [folder.samples / sample_name(config.edited(sampler=sampler)) for sampler in ("full-forward", "kv-cache")]
     if config.sampler != "full-forward" or not all((path / "sample.json").exists() for path in sets):
         return ""
     full, cached = (SampleSet(path).tokens_NP for path in sets)
-    return f"{int((full == cached[: len(full)]).all(1).sum()):,} of {len(full):,} images equal the KV cache's, token for token"
+    return f"{int((full == cached).all(1).sum()):,} of {len(full):,} images equal the KV cache's, token for token"
 
 
 def _cost(scored: dict[str, Any]) -> Cost | None:
