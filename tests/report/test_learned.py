@@ -80,5 +80,5 @@ def test_the_row_says_its_spread_of_scores_its_cross_entropy_and_its_failure(fol
     row = data.tables[0].rows[0]
     assert row.metrics["score std"].value == pytest.approx(0.8 * 19.5)  # the last tenth of twenty steps
     assert row.metrics["training loss"].value == pytest.approx(6 - 19.5 / 20)  # cross-entropy, not the whole loss of 7
-    assert "failure mode: score explosion (step 10)" in row.note
+    assert "failure mode: score explosion (from step 10)" in row.note
     assert [found.id for found in data.galleries] == ["learned-orders"]

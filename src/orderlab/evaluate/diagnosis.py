@@ -7,8 +7,13 @@ The bounds lie between the study's own figures. It reports a score_std of 1.6 wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from orderlab.config import RunConfig
+from orderlab.config_tasks import OrderHeadTask
+from orderlab.runtime.run import RunFolder
 
 EXPLODED, COLLAPSED, DEGRADED = 5.0, 0.5, 0.5
 """Bounds: score_std above (and growing), score_std below, nats above the raster baseline."""
@@ -42,30 +47,67 @@ def windows(values: Sequence[float], total: int) -> list[float]:
     return [mean(values[start : start + size]) for start in range(0, len(values) - size + 1, size)]
 
 
-class Diagnosis:
-    """Watches a run: each failure is told once, with the step at which the rule first held."""
+def baseline_loss(config: RunConfig, runs: Path) -> float | None:
+    """The mean training loss over the last tenth of the baseline's run, in nats a token; None where it was not trained."""
+    name = config.task.baseline if isinstance(config.task, OrderHeadTask) else None
+    records = RunFolder(runs / f"{name}@{config.scale}" / f"seed{config.seed}").records("train") if name else []
+    return mean(record["loss"] for record in records[-max(1, len(records) // 10) :]) if records else None
 
-    def __init__(self, steps: int, batch: int, baseline: float | None, is_raster_body_frozen: bool):
-        self.steps, self.batch, self.baseline, self.is_raster_body_frozen = steps, batch, baseline, is_raster_body_frozen
+
+def has_frozen_raster_body(config: RunConfig) -> bool:
+    """True for a body that never sees another order than raster: frozen, and not from RAR's order-agnostic phase."""
+    is_frozen = isinstance(config.task, OrderHeadTask) and config.task.is_body_frozen
+    return is_frozen and config.start is not None and config.start.checkpoint == "final"
+
+
+class Diagnosis:
+    """Watches a run: each failure is told once, with the step at which the rule first held.
+
+    A body that is trained from scratch is not compared with a trained one before half of its run.
+    """
+
+    def __init__(self, config: RunConfig, runs: Path):
+        self.steps, self.batch = config.steps, config.batch
+        self.baseline, self.is_raster_body_frozen = baseline_loss(config, runs), has_frozen_raster_body(config)
+        self.first_look_at_body = FIRST_LOOK if config.start is not None else 0.5
         self.score_std: list[float] = []
         self.ce: list[float] = []
         self.told: set[str] = set()
 
-    def alerts(self, steps: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
-        """Records of what is new, given the values of the steps since the last call ("images", "score_std", "ce")."""
+    def remember(self, steps: Sequence[dict[str, Any]]) -> None:
+        """Take the values of steps ("score_std", "ce")."""
         self.score_std += [step["score_std"] for step in steps]
         self.ce += [step["ce"] for step in steps]
-        images = int(steps[-1]["images"])
-        stds, ces = windows(self.score_std, self.steps), windows(self.ce, self.steps)
-        if not stds or images < FIRST_LOOK * self.steps * self.batch:
-            return []
-        found = failure_modes(stds[-2:], ces[-1], self.baseline, self.is_raster_body_frozen)
-        new = [mode for mode in found if mode not in self.told]
-        self.told |= set(new)
-        return [self._record(mode, images, stds[-1], ces[-1]) for mode in new]
 
-    def _record(self, mode: str, images: int, score_std: float, ce: float) -> dict[str, Any]:
+    def modes(self) -> list[str]:
+        """What is wrong now, by the last whole windows."""
+        stds, ces = windows(self.score_std, self.steps), windows(self.ce, self.steps)
+        progress = len(self.ce) / self.steps
+        if not stds or progress < FIRST_LOOK:
+            return []
+        ce = ces[-1] if progress >= self.first_look_at_body else None
+        return failure_modes(stds[-2:], ce, self.baseline, self.is_raster_body_frozen)
+
+    def alerts(self, steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Records of what is new, given the values of the steps since the last call ("images" too)."""
+        self.remember(steps)
+        new = [mode for mode in self.modes() if mode not in self.told]
+        self.told |= set(new)
+        return [self._record(mode, int(steps[-1]["images"])) for mode in new]
+
+    def _record(self, mode: str, images: int) -> dict[str, Any]:
+        score_std, ce = (windows(values, self.steps)[-1] for values in (self.score_std, self.ce))
         against = "" if self.baseline is None else f", raster's {self.baseline:.2f}"
         step = images // self.batch
         message = f"{mode} at step {step}: score_std {score_std:.2f}, cross-entropy {ce:.2f}{against}"
         return {"alert": mode, "images": images, "step": step, "score_std": score_std, "ce": ce, "message": message}
+
+
+def verdict(config: RunConfig, runs: Path, records: Sequence[dict[str, Any]]) -> str:
+    """An OrderHead run's failure mode in words, from its records: what holds at the end and since when, and what passed."""
+    watch = Diagnosis(config, runs)
+    watch.remember([record for record in records if record["kind"] == "step"])
+    now, first = watch.modes(), {record["alert"]: record["step"] for record in records if record["kind"] == "alert"}
+    held = [f"{mode} (from step {first[mode]:,})" if mode in first else mode for mode in now]
+    passed = [f"{mode} (at step {step:,})" for mode, step in first.items() if mode not in now]
+    return ", ".join(held or ["none"]) + (f"; passing: {', '.join(passed)}" if passed else "")

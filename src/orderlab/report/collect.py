@@ -17,6 +17,7 @@ from orderlab.config import AnnealedOrder, RunConfig, SampleConfig
 from orderlab.data.fashion import CLASSES
 from orderlab.data.prepare import decode, tokenizer
 from orderlab.errors import UserError
+from orderlab.evaluate.diagnosis import verdict
 from orderlab.evaluate.likelihood import result_key
 from orderlab.order.coverage import coverage_curve
 from orderlab.order.paths import path
@@ -134,7 +135,7 @@ def _row(row: Row, scale: Scale, runs: Path, seed: int) -> ReportRow:
         nll=_nll(row, scale, runs, seed),
         source=row.source.printed(),
         cost=_cost(_json(folder.scores).get(name, {})),
-        note="; ".join(note for note in (row_note(row, scale), _agreement(folder, own.sample), _failures(folder)) if note),
+        note="; ".join(note for note in (row_note(row, scale), _agreement(folder, own.sample), _failures(folder, runs)) if note),
         samples=_images(folder, name, GRID_SAMPLES),
     )
 
@@ -145,12 +146,10 @@ def _scores_of(folder: RunFolder) -> dict[str, Value]:
     return {"score std": Value(mean(step["score_std"] for step in steps[-max(1, len(steps) // 10) :]))} if steps else {}
 
 
-def _failures(folder: RunFolder) -> str:
-    """What the diagnosis of an OrderHead run says (`evaluate/diagnosis.py`)."""
-    if not folder.records("step"):
-        return ""
-    found = [f"{record['alert']} (step {record['step']:,})" for record in folder.records("alert")]
-    return "failure mode: " + (", ".join(found) or "none by our rule")
+def _failures(folder: RunFolder, runs: Path) -> str:
+    """What the diagnosis of an OrderHead run says."""
+    records = folder.records()
+    return f"failure mode: {verdict(folder.config(), runs, records)}" if any(r["kind"] == "step" for r in records) else ""
 
 
 def _seeds(runs: Path, run: str, scale: Scale, seed: int) -> list[int]:

@@ -95,6 +95,7 @@ class Trainer:
         if self.images >= config.images and self.folder.status()["state"] == "trained":
             return "trained"
         self._rewind_metrics()
+        self.objective.remember(self.folder.records("step"))
         report_every = max(1, config.steps // REPORTS_PER_RUN)
         with StopSignal() as stop:
             while True:
@@ -188,7 +189,7 @@ class Trainer:
             steps = [dict(zip(names, row)) for row in self.here.mean(table).tolist()]
             for step_images, values in zip(images, steps):
                 self._record({"kind": "step", "images": step_images, **values})
-            for alert in self.objective.alerts([{"images": float(at), **values} for at, values in zip(images, steps)]):
+            for alert in self.objective.alerts([{"images": at, **values} for at, values in zip(images, steps)]):
                 if self.here.is_main and alert["alert"] not in {record["alert"] for record in self.folder.records("alert")}:
                     log.warning("%s: %s", self.folder.root, alert["message"])
                     self._record({"kind": "alert", **alert})

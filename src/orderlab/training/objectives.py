@@ -91,6 +91,9 @@ class Objective(ABC, Generic[Model]):
         """What is logged of every step, on the device; asked for after `loss` and `clip`."""
         return {}
 
+    def remember(self, steps: list[dict[str, Any]]) -> None:
+        """Take the step values of a run that goes on, as they were written."""
+
     def alerts(self, steps: list[dict[str, float]]) -> list[dict[str, Any]]:
         """Records to write, once each, given the values of the steps since the last report."""
         return []

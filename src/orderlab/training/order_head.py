@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,6 @@ from orderlab.models.order_head import Split, normalise, split, temperature_at, 
 from orderlab.models.ordered_gpt import Ordered, OrderedGPT, save_ordered_gpt
 from orderlab.order.perm import to_grid
 from orderlab.runtime.keys import generator, key
-from orderlab.runtime.run import RunFolder
 from orderlab.training.importance import importance_maps
 from orderlab.training.objectives import Batch, Objective
 from orderlab.training.parallel import clip, gradient_norm
@@ -66,8 +64,7 @@ class OrderHead(Objective[OrderedGPT]):
         self.model = OrderedGPT(config.model, config.task, seed=key("weights", config.seed), device=device)
         self.parts: list[dict[str, Tensor]] = []
         self.norms: dict[str, Tensor] = {}
-        is_raster_body = config.start is not None and config.start.checkpoint == "final"  # not an order-agnostic phase of RAR
-        self.diagnosis = Diagnosis(config.steps, config.batch, self._baseline(), self.task.is_body_frozen and is_raster_body)
+        self.diagnosis = Diagnosis(config, runs)
 
     @cached_property
     def entries_VC(self) -> Tensor:
@@ -148,6 +145,9 @@ class OrderHead(Objective[OrderedGPT]):
         values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         return {**values, **self.norms}
 
+    def remember(self, steps: list[dict[str, Any]]) -> None:
+        self.diagnosis.remember(steps)
+
     def alerts(self, steps: list[dict[str, float]]) -> list[dict[str, Any]]:
         return self.diagnosis.alerts(steps)
 
@@ -187,14 +187,6 @@ class OrderHead(Objective[OrderedGPT]):
 
     def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
         save_ordered_gpt(self.model, file, state=state, header=header)
-
-    def _baseline(self) -> float | None:
-        """The mean training loss over the last tenth of the baseline's run; None where it was not trained."""
-        if self.task.baseline is None:
-            return None
-        folder = RunFolder(self.runs / f"{self.task.baseline}@{self.config.scale}" / f"seed{self.config.seed}")
-        records = folder.records("train")
-        return mean(r["loss"] for r in records[-max(1, len(records) // 10) :]) if records else None
 
 
 class ScoreMaps:
