@@ -34,6 +34,11 @@ def silent(done: int, total: int) -> None:
     """Tells nobody how far it is."""
 
 
+def stage(progress: Progress, number: int, stages: int) -> Progress:
+    """Progress of one of several stages, told as progress of the whole; each counts as much as another."""
+    return lambda done, total: progress(number * total + done, stages * total)
+
+
 def features(entries_PC: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """[P, C + 2] float64: the unit entries, then 0.5 · (row, column), both scaled to [-1, 1]."""
     rows_P, columns_P = np.divmod(np.arange(grid[0] * grid[1]), grid[1])

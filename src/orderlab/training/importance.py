@@ -27,7 +27,7 @@ from orderlab.models.oracle import Oracle, load_oracle, true_class_probability
 from orderlab.models.weights import weights_hash
 from orderlab.order.perm import in_groups, to_grid
 from orderlab.runtime.run import RunFolder
-from orderlab.training.clusters import Progress, cluster_maps, silent, token_digest
+from orderlab.training.clusters import Progress, cluster_maps, silent, stage, token_digest
 
 Mode = Literal["saliency_attn", "oracle"]
 TOKENS_PER_PASS = 32768
@@ -45,7 +45,8 @@ def importance_maps(oracle_file: Path, token_set: TokenSet, mode: Mode, cls_k: i
     oracle = load_oracle(oracle_file)
     check_tokens(oracle, token_set, oracle_file)
     is_clustered, views = mode == "oracle", token_set.tokens.shape[1]
-    groups = cluster_maps(token_set, oracle.codebook, cls_k, cache, progress) if is_clustered else None
+    told = stage(progress, 1, 2) if is_clustered else progress
+    groups = cluster_maps(token_set, oracle.codebook, cls_k, cache, stage(progress, 0, 2)) if is_clustered else None
     oracle.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -56,7 +57,7 @@ def importance_maps(oracle_file: Path, token_set: TokenSet, mode: Mode, cls_k: i
         else:
             group_BP = torch.from_numpy(groups[indices, chosen].astype(np.int64)).to(tokens_BP.device)
             maps_BP = cluster_map(oracle, tokens_BP, classes_B, group_BP)
-        progress(stop, len(token_set))
+        told(stop, len(token_set))
         return maps_BP.cpu().numpy().reshape(stop - start, views, -1)
 
     digest = f"{weights_hash(oracle.state_dict())}-{token_digest(token_set, has_labels=True)}"
@@ -132,7 +133,9 @@ def measure(run: Path, cls_k: int | None = None, checkpoint: str = "final", prog
     _, validation = token_sets(config.data, config.model.grid, cache)
     size = cls_k if cls_k is not None else max(1, config.model.positions // 4)
     file = folder.checkpoints / f"{checkpoint}.safetensors"
-    maps = {mode: importance_maps(file, validation, mode, size, cache, progress)[:, 0] for mode in get_args(Mode)}
+    maps = {}
+    for number, mode in enumerate(get_args(Mode)):
+        maps[mode] = importance_maps(file, validation, mode, size, cache, stage(progress, number, 2))[:, 0]
     classes_N, tokens_NP = validation.read(np.arange(len(validation)))
     return Importance(config, size, tokens_NP.numpy(), classes_N.numpy(), maps)
 
