@@ -60,7 +60,7 @@ def decoded(samples: SampleSet, vq: VQ, rounding: str, size: int | None, here: W
         own = start + batch * here.rank
         rows = np.arange(own, own + batch) % count  # what lies beyond the end is filled up from the front, and dropped below
         images = _images(vq, samples.tokens_NP[rows], rounding, size)
-        for part, gathered in enumerate(here.gather(torch.from_numpy(np.ascontiguousarray(images)))):
+        for part, gathered in enumerate(here.all_parts(torch.from_numpy(np.ascontiguousarray(images)))):
             kept = gathered[: max(0, count - start - part * batch)]
             if len(kept):
                 yield kept.numpy()
