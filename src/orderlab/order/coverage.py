@@ -6,11 +6,13 @@ neighbours generated, a random order 5-6 % (its Section 2).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from orderlab.errors import UserError
-from orderlab.order.perm import as_batch, rank, to_steps
+from orderlab.order.perm import as_batch, rank, rows_at, to_steps
 
 OFFSETS = [(dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr, dc) != (0, 0)]
 
@@ -25,16 +27,21 @@ def coverage(order: Tensor, height: int, width: int, steps: int) -> float:
     return float(coverage_curve(order, height, width)[steps - 1])
 
 
-def coverage_curve(order: Tensor, height: int, width: int) -> Tensor:
-    """Coverage after 1, 2, ..., P steps: float64 [P]."""
+def coverage_curve(order: Tensor, height: int, width: int, counts: Sequence[int] | None = None) -> Tensor:
+    """Coverage after 1, 2, ..., P tokens: float64 [P].
+
+    `counts` says how many tokens are generated at a time; those of one group do not see each other. None: one by one.
+    """
     positions = height * width
     order_BT = as_batch(order, 1, positions)
-    rank_HW = rank(order_BT).view(height, width)
+    rank_BP = rank(order_BT)
+    if counts is not None:
+        group_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        rank_BP = rows_at(group_T, rank_BP)
+    rank_HW = rank_BP.view(height, width)
     known_HW = torch.zeros(height, width, dtype=torch.float64)
     existing_HW = torch.zeros(height, width, dtype=torch.float64)
-    for dr, dc in OFFSETS:
-        here = (slice(max(0, -dr), height - max(0, dr)), slice(max(0, -dc), width - max(0, dc)))
-        there = (slice(max(0, dr), height - max(0, -dr)), slice(max(0, dc), width - max(0, -dc)))
+    for here, there in _pairs(height, width):
         existing_HW[here] += 1
         known_HW[here] += rank_HW[there] < rank_HW[here]
     share_BP = (known_HW / existing_HW.clamp(min=1)).view(1, positions)
@@ -42,7 +49,26 @@ def coverage_curve(order: Tensor, height: int, width: int) -> Tensor:
     return to_steps(share_BP, order_BT)[0].cumsum(0) / steps_T
 
 
+def _pairs(height: int, width: int) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """For each of the eight directions: the cells that have a neighbour there, and those neighbours."""
+    for dr, dc in OFFSETS:
+        here = (slice(max(0, -dr), height - max(0, dr)), slice(max(0, -dc), width - max(0, dc)))
+        there = (slice(max(0, dr), height - max(0, -dr)), slice(max(0, dc), width - max(0, -dc)))
+        yield here, there
+
+
 def expected_random_coverage(height: int, width: int, steps: int) -> float:
     """The expectation of `coverage` over uniform random orders: (steps - 1) / 2 / (P - 1), where neighbours exist."""
     positions = height * width
     return 0.0 if positions == 1 else (steps - 1) / 2 / (positions - 1)
+
+
+def visible_neighbours(is_masked_BP: Tensor, height: int, width: int) -> float:
+    """Of the existing 8-neighbours of masked tokens, the share that is visible: mean over all masked tokens of some masks."""
+    is_masked_BHW = is_masked_BP.view(-1, height, width)
+    seen_BHW = torch.zeros(is_masked_BHW.shape, dtype=torch.float64)
+    existing_HW = torch.zeros(height, width, dtype=torch.float64)
+    for here, there in _pairs(height, width):
+        existing_HW[here] += 1
+        seen_BHW[(slice(None), *here)] += (~is_masked_BHW)[(slice(None), *there)]
+    return float((seen_BHW / existing_HW.clamp(min=1))[is_masked_BHW].mean())
