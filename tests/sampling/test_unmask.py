@@ -15,7 +15,8 @@ from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
 from orderlab.sampling.draw import guidance_scales
 from orderlab.sampling.generate import generate
-from orderlab.sampling.unmask import METHODS, own_orders, reveal_counts, unmask, unmask_as
+from orderlab.sampling.semifast import shuffled
+from orderlab.sampling.unmask import METHODS, reveal_counts, unmask, unmask_as
 from tests.models.test_masked import noisy_masked
 
 CONFIG = GPTConfig(layers=2, heads=2, dim=16, grid=(4, 4), vocabulary=23, classes=10, ffn_hidden=48)
@@ -55,7 +56,7 @@ def slow(model: MaskedModel, klass: int, order: Tensor | str, seed: int, counts:
     tokens, hidden = [0] * positions, set(range(positions))
     scales = guidance_scales(guidance, "none", positions)
     uniforms = torch.rand(2 * len(counts) * positions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist()
-    by_place = order.tolist() if isinstance(order, Tensor) else own_orders([seed], positions)[0].tolist()
+    by_place = order.tolist() if isinstance(order, Tensor) else shuffled(positions, [seed])[0].tolist()
     done = 0
     for step, count in enumerate(counts):
         is_masked = torch.tensor([[p in hidden for p in range(positions)]])
@@ -112,7 +113,7 @@ def test_per_image_orders_equal_one_order_at_a_time(model: MaskedModel) -> None:
 
 
 def test_random_orders_are_each_images_own(model: MaskedModel) -> None:
-    orders = own_orders(SEEDS, 16)
+    orders = shuffled(16, SEEDS)
     assert len(orders.unique(dim=0)) == 8
     named = unmask(model, CLASSES, "random", seeds=SEEDS, steps=4)
     assert torch.equal(named, unmask(model, CLASSES, orders, seeds=SEEDS, steps=4))

@@ -23,10 +23,10 @@ from orderlab.config import SampleConfig
 from orderlab.errors import UserError
 from orderlab.models.masked import MaskedModel
 from orderlab.order.paths import path
-from orderlab.order.perm import as_batch, highest, marked, put, random_orders, states_at, to_steps
-from orderlab.runtime.keys import generator
+from orderlab.order.perm import as_batch, highest, marked, put, states_at, to_steps
 from orderlab.sampling.draw import check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
 from orderlab.sampling.generate import check_images
+from orderlab.sampling.semifast import shuffled
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share still masked after a share of the steps
     "cosine": lambda done: math.cos(math.pi / 2 * done),  # MAR
@@ -140,13 +140,8 @@ def _chooser(
             raise UserError(f"unknown unmasking order '{order}'; expected an order [P] or [B, P], or one of {', '.join(NAMED_ORDERS)}")
         if order == "confidence":
             return _Confident(seeds, positions, counts, 0.0 if greedy else choice_temperature, device)
-        order = own_orders(seeds, positions)
+        order = shuffled(positions, seeds)
     return _Ordered(as_batch(order, len(seeds), positions).to(device), image_uniforms(seeds, positions).to(device), counts)
-
-
-def own_orders(seeds: Sequence[int], positions: int) -> Tensor:
-    """The random order of each image, a function of its seed alone: [B, P]."""
-    return torch.cat([random_orders(1, positions, generator("unmask-order", int(seed))) for seed in seeds])
 
 
 class _Ordered:
