@@ -26,7 +26,10 @@ def test_every_setting_is_measured_and_written(tmp_path: Path) -> None:
     for step in result["steps"]:
         assert step["floor_ms"] == pytest.approx(step["linear_ms"] + step["cache_ms"])
         assert step["ratio_to_floor"] == pytest.approx(step["step_ms"] / step["floor_ms"])
-        assert ("full_forward_over_cached" in step) == (step["precision"] == "fp32")
+        assert ("full_forward_over_cached" in step) == ("unmasking_over_cached" in step) == (step["precision"] == "fp32")
+    unmasking = result["steps"][0]["image_batch_seconds_unmasking"]
+    assert list(unmasking) == ["8", "64", "256"]
+    assert unmasking["8"] < unmasking["256"]
 
 
 def test_the_floor_knows_every_matrix_product_of_the_model() -> None:

@@ -1,8 +1,9 @@
-"""`orderlab bench sample`: a KV-cache step against what the machine could do at best, and against the full-forward sampler.
+"""`orderlab bench sample`: a KV-cache step against what the machine could do at best, and against the samplers without a cache.
 
 The floor of a step is the sum of its matrix products, each in the fastest of three ways and over all layers' own weights (so
 that they come from memory, not from a cache), plus the live key and value bytes divided by the bandwidth of summing a
-contiguous 1 GiB tensor. All sides are timed in one run, in turn, and medians are taken: the machine's mood is in both.
+contiguous 1 GiB tensor. Without a cache there are the full-forward sampler, L²/2 tokens an image, and a masked model of the same
+size, T·L in T steps (`TimedUnmasking`). All sides are timed in one run, in turn, and medians are taken: the machine's mood is in both.
 """
 
 # B images · R rows · T generation step
@@ -22,8 +23,11 @@ from torch.nn import functional as F
 from orderlab.errors import UserError
 from orderlab.models.decode import CachedDecoder
 from orderlab.models.gpt import GPT, PRESETS
+from orderlab.models.masked import MaskedModel
 from orderlab.order.paths import path
+from orderlab.order.perm import random_orders, states_at
 from orderlab.runtime.files import write_json
+from orderlab.runtime.keys import generator
 from orderlab.runtime.run import device_name
 from orderlab.sampling.draw import draw_tokens, guide
 from orderlab.sampling.generate import FullForwardDecoder
@@ -32,6 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GUIDANCE = 2.0
 GIB = 2**30
 FULL_FORWARD_SLOTS = (1, 64, 128, 192, 256)
+UNMASKING_STEPS = (8, 64, 256)
 
 
 def run(
@@ -64,9 +69,10 @@ def run(
         model.output.weight.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
         floor = LinearFloor(model)
         for batch in batches:
-            entry = {"precision": precision, "batch": batch, **_measure(model, floor, batch, slot, repeats, bandwidth)}
+            entry: dict[str, Any] = {"precision": precision, "batch": batch, **_measure(model, floor, batch, slot, repeats, bandwidth)}
             if has_full_forward and precision == "fp32" and batch <= 8:
                 entry |= _against_full_forward(model, batch)
+                entry |= _against_unmasking(model, batch, entry["image_batch_seconds_cached"])
             result["steps"].append(entry)
             if not quiet:
                 print(_line(entry), flush=True)
@@ -208,6 +214,39 @@ def _against_full_forward(model: GPT, batch: int) -> dict[str, Any]:
     }
 
 
+class TimedUnmasking:
+    """One step of a masked model's generation as `unmask` takes it, half of the tokens masked and so many revealed, repeatable."""
+
+    def __init__(self, model: MaskedModel, batch: int, revealed: int):
+        self.model = model
+        config, keyed = model.config, generator("bench", "unmask")
+        classes = torch.arange(batch) % config.classes
+        self.classes = torch.cat([classes, torch.full_like(classes, model.null_class)])
+        self.tokens = (torch.arange(config.positions) % config.vocabulary).expand(2 * batch, -1)
+        order = random_orders(batch, config.positions, keyed).repeat(2, 1)
+        self.is_masked, self.positions = order < config.positions // 2, order[:, :revealed]
+        self.uniforms = torch.rand(batch * revealed, dtype=torch.float64, generator=keyed)
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        hidden = self.model.hidden(self.classes, self.tokens, self.is_masked)
+        conditional, unconditional = self.model.head(states_at(hidden, self.positions)).chunk(2)
+        draw_tokens(guide(conditional, unconditional, GUIDANCE).flatten(0, 1), self.uniforms)
+
+
+def _against_unmasking(model: GPT, batch: int, cached: float) -> dict[str, Any]:
+    """Seconds of a whole generation by a masked model of the same size, by its number of steps, and over the KV cache's."""
+    masked = MaskedModel(model.config).to(model.norm.weight.dtype).eval()
+    seconds = {}
+    for steps in UNMASKING_STEPS:
+        step = TimedUnmasking(masked, batch, model.config.positions // steps)
+        seconds[str(steps)] = steps * statistics.median(_seconds(step) for _ in range(3))
+    return {
+        "image_batch_seconds_unmasking": seconds,
+        "unmasking_over_cached": {steps: value / cached for steps, value in seconds.items()},
+    }
+
+
 def _seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
@@ -222,4 +261,5 @@ def _line(entry: dict[str, Any]) -> str:
     )
     if "full_forward_over_cached" in entry:
         text += f" · full forward {entry['full_forward_over_cached']:.1f}× the time"
+        text += "".join(f" · masked model, T = {steps}: {over:.1f}×" for steps, over in entry["unmasking_over_cached"].items())
     return text

@@ -1,57 +1,64 @@
-"""`orderlab bench train`: what random orders cost in training, against raster's step and in the same run.
+"""`orderlab bench train`: what each way of training costs beside raster's step, its parts apart, in the same run.
 
-The study calls RAR's overhead negligible. Two figures say whether it is: the time to draw a batch's orders as a share of a
-training step, and the time of a step in RAR's random phase (random orders, target embedding) over a raster step. The two
-kinds of step take turns on the same batch of random tokens, each going first half the time; medians are taken.
+The study calls RAR's overhead negligible and the OrderHead's not. Here every kind of step is the training loop's own (draw the
+batch, forward, backward, clip, update) on made-up tokens: raster, random orders, random orders with the target told (RAR's random
+phase), masks, and the OrderHead of Experiment 3. They take turns, each going first as often as another; medians are taken. The
+drawing of orders and of masks is timed apart, as a share of a step.
 """
-
-# B images · T generation step
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn import functional as F
 
-from orderlab.catalog import SCALES
-from orderlab.config import FixedOrder, GPTConfig, OptimConfig, OrderPolicy, RandomOrder
+from orderlab.catalog import SCALES, resolve
+from orderlab.config import DataConfig, GPTConfig, RandomOrder, RunConfig
+from orderlab.config_tasks import MaskedTask, OrderHeadTask
+from orderlab.data.tokens import TokenMeta, write_token_set
 from orderlab.errors import UserError
-from orderlab.models.gpt import GPT, PRESETS
-from orderlab.order.perm import to_steps
+from orderlab.models.gpt import PRESETS
+from orderlab.order.masks import draw_masks
 from orderlab.order.policy import draw_orders
 from orderlab.runtime.dist import autocast
 from orderlab.runtime.files import write_json
 from orderlab.runtime.keys import generator
 from orderlab.runtime.run import device_name
 from orderlab.training.optim import adamw
+from orderlab.training.tasks import objective_for
 
-MODELS = {**PRESETS, "toy": SCALES["toy"].model}
+KINDS = {
+    "raster": "raster-300",
+    "random": "random-v1",
+    "random, target told": "rar-300",
+    "masked": "masked",
+    "order-head": "orderhead-exp3",
+}
+DRAWINGS = 50
 
 
 def run(
     model_name: str, batch: int, orders: int, precision: str, *, repeats: int = 9, out: Path | None = None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Time steps of `batch` images in raster and in RAR's random phase, and the drawing of `orders` orders; milliseconds."""
-    if model_name not in MODELS:
-        raise UserError(f"unknown model '{model_name}'; expected one of {', '.join(MODELS)}")
+    """Time a step of `batch` images of every kind, and the drawing of `orders` orders and masks; milliseconds."""
+    if model_name not in (*PRESETS, *SCALES):
+        raise UserError(f"unknown model '{model_name}'; expected a scale ({', '.join(SCALES)}) or one of {', '.join(PRESETS)}")
     if precision not in ("fp32", "bf16"):
         raise UserError(f"unknown precision '{precision}'; expected fp32 or bf16")
     if min(batch, orders, repeats) < 1:
         raise UserError(f"batch {batch}, orders {orders}, repeats {repeats}: expected 1 or more of each")
-    config = MODELS[model_name]
-    raster = Step(config, FixedOrder(), batch, precision)
-    random = Step(config.edited(target_embedding=True), RandomOrder(), batch, precision)
-    raster(), random()
-    pairs = [_pair(raster, random, first_is_raster=bool(i % 2)) for i in range(repeats)]
-    drawing = statistics.median(
-        _seconds(lambda: draw_orders(RandomOrder(), config.grid, orders, 0.0, generator("bench"))) for _ in range(50)
-    )
-    step = statistics.median(a for a, _ in pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {kind: Step(_config(recipe, model_name, batch, precision, Path(folder)), Path(folder)) for kind, recipe in KINDS.items()}
+        for step in steps.values():
+            step()
+        rounds = [_round(steps, first) for first in range(repeats)]
+    model = steps["raster"].config.model
     result = {
         "model": model_name,
         "device": device_name(),
@@ -59,53 +66,106 @@ def run(
         "torch": torch.__version__,
         "precision": precision,
         "batch": batch,
-        "raster_step_ms": 1e3 * step,
-        "random_step_ms": 1e3 * statistics.median(b for _, b in pairs),
-        "random_over_raster": statistics.median(b / a for a, b in pairs),
+        "repeats": repeats,
         "orders_drawn": orders,
-        "drawing_ms": 1e3 * drawing,
-        "drawing_share_of_step": drawing / (step * orders / batch),
+        "steps": _figures(rounds, _drawing_seconds(model, orders), batch / orders),
     }
     if out is not None:
         write_json(out, result)
     if not quiet:
-        print(_line(result))
+        print(_text(result))
     return result
 
 
-class Step:
-    """One training step of a fresh model on fixed tokens: draw orders, forward, backward, clip, update."""
+def _config(recipe: str, model_name: str, batch: int, precision: str, folder: Path) -> RunConfig:
+    """The recipe at a scale, or in the size of a preset, from fresh weights on made-up tokens."""
+    is_scale = model_name in SCALES
+    config = resolve(recipe, model_name if is_scale else "paper-1k", batch=batch, precision=precision, micro_batch=None, compile=False)
+    sizes = {} if is_scale else PRESETS[model_name].model_dump(include={"layers", "heads", "dim"})
+    model = config.model.edited(**sizes)
+    _write_tokens(folder, model)
+    task = config.task
+    if isinstance(task, OrderHeadTask):
+        task = task.edited(baseline=None, head=task.head.edited(state_dim=model.dim).model_dump())
+    data = DataConfig(source="imagenet", folder=str(folder))
+    return config.edited(start=None, model=model.model_dump(), task=task.model_dump(), data=data.model_dump())
 
-    def __init__(self, config: GPTConfig, policy: OrderPolicy, batch: int, precision: str):
-        self.config, self.policy, self.precision = config, policy, precision
-        keyed = generator("bench", "tokens")
+
+def _write_tokens(folder: Path, model: GPTConfig, images: int = 64) -> None:
+    """Token sets of noise."""
+    meta = TokenMeta(
+        tokenizer="noise",
+        tokenizer_hash="0" * 16,
+        grid=model.grid,
+        vocabulary=model.vocabulary,
+        classes=model.classes,
+        images=images,
+        views=["noise"],
+        source="noise",
+    )
+    rng = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        if not (folder / split).exists():
+            tokens_NVP = rng.integers(model.vocabulary, size=(images, 1, model.positions))
+            write_token_set(folder / split, tokens_NVP, np.arange(images) % model.classes, meta)
+
+
+class Step:
+    """One training step of a run's first images, again and again, as the loop takes it."""
+
+    def __init__(self, config: RunConfig, cache: Path):
+        self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = GPT(config, seed=0).to(self.device).train()
-        self.optimizer = adamw(self.model, OptimConfig())
-        self.classes_B = torch.randint(config.classes, (batch,), generator=keyed)
-        self.tokens_BP = torch.randint(config.vocabulary, (batch, config.positions), generator=keyed)
+        self.objective = objective_for(config, cache, self.device)
+        self.objective.model.train()
+        self.optimizer = adamw(self.objective.model, config.optim, self.objective.rate_scales)
 
     def __call__(self) -> None:
-        order_BT, is_random_B = draw_orders(self.policy, self.config.grid, len(self.classes_B), 0.0, generator("bench", "order"))
-        tokens_BT = to_steps(self.tokens_BP, order_BT).to(self.device)
-        target = is_random_B.to(self.device) if self.config.target_embedding else False
-        with autocast(self.precision, self.device):
-            logits_BTV = self.model(self.classes_B.to(self.device), tokens_BT, order_BT.to(self.device), target=target)
-            loss = F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten())
+        batch = self.objective.batch(0).to(self.device)
+        with autocast(self.config.precision, self.device):
+            loss = self.objective.loss(self.objective.model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.objective.clip()
+        self.objective.step_values()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
-def _pair(raster: Step, random: Step, *, first_is_raster: bool) -> tuple[float, float]:
-    """Seconds of a raster step and of a random step, taken in turn."""
-    if first_is_raster:
-        return _seconds(raster), _seconds(random)
-    second = _seconds(random)
-    return _seconds(raster), second
+def _round(steps: dict[str, Step], first: int) -> dict[str, float]:
+    """Seconds of one step of each kind, another one first each time."""
+    kinds = list(steps)
+    first %= len(kinds)
+    return {kind: _seconds(steps[kind]) for kind in kinds[first:] + kinds[:first]}
+
+
+def _drawing_seconds(model: GPTConfig, count: int) -> dict[str, float]:
+    """Seconds of drawing so many orders, and so many masks."""
+
+    def median(draw: Callable[[], Any]) -> float:
+        return statistics.median(_seconds(draw) for _ in range(DRAWINGS))
+
+    return {
+        "orders": median(lambda: draw_orders(RandomOrder(), model.grid, count, 0.0, generator("bench"))),
+        "masks": median(lambda: draw_masks(MaskedTask().ratio, count, model.positions, generator("bench"))),
+    }
+
+
+def _figures(rounds: list[dict[str, float]], drawing: dict[str, float], share: float) -> dict[str, dict[str, float]]:
+    """By kind of step: milliseconds, the ratio to raster's, and as shares of raster's step what the kind's parts add to it."""
+    step = {kind: statistics.median(found[kind] for found in rounds) for kind in KINDS}
+    ratio = {kind: statistics.median(found[kind] / found["raster"] for found in rounds) for kind in KINDS}
+    told = statistics.median((found["random, target told"] - found["random"]) / found["raster"] for found in rounds)
+    drawn = {name: seconds * share / step["raster"] for name, seconds in drawing.items()}
+    parts: dict[str, dict[str, float]] = {
+        "raster": {},
+        "random": {"drawing": drawn["orders"]},
+        "random, target told": {"drawing": drawn["orders"], "target": told},
+        "masked": {"drawing": drawn["masks"]},
+        "order-head": {"order_head": ratio["order-head"] - 1},
+    }
+    return {kind: {"step_ms": 1e3 * step[kind], "ratio": ratio[kind], **parts[kind]} for kind in KINDS}
 
 
 def _seconds(function: Callable[[], Any]) -> float:
@@ -114,9 +174,14 @@ def _seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _line(result: dict[str, Any]) -> str:
-    return (
-        f"{result['model']} {result['precision']} batch {result['batch']}: raster step {result['raster_step_ms']:.0f} ms · "
-        f"random orders with target embedding {result['random_step_ms']:.0f} ms · ratio {result['random_over_raster']:.3f} · "
-        f"drawing {result['orders_drawn']} orders {result['drawing_ms']:.2f} ms = {result['drawing_share_of_step']:.3%} of their step"
-    )
+PART_NAMES = {"drawing": "drawing orders or masks", "target": "target embedding", "order_head": "OrderHead and its raster pass"}
+
+
+def _text(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['model']}, {result['precision']}, {result['batch']} images a step, on {result['device']}; shares are of raster's step"
+    ]
+    for kind, figures in result["steps"].items():
+        parts = [f"{PART_NAMES[name]} {value:+.3%}" for name, value in figures.items() if name in PART_NAMES]
+        lines.append(" · ".join([f"{kind:<20} {figures['step_ms']:9.1f} ms", f"{figures['ratio']:.3f} of raster's", *parts]))
+    return "\n".join(lines)

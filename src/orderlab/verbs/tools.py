@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from orderlab import catalog
-from orderlab.verbs.output import print_cost, print_json, validated
+from orderlab.verbs.output import RUNS, print_cost, print_json, validated
 
 
 def coverage(grid: str = "16x16", steps: int = 32, orders: str = "all", json: bool = False, plot: Path | None = None) -> None:
@@ -49,7 +49,7 @@ def bench_sample(
     out: Path = Path("bench/sample.json"),
     json: bool = False,
 ) -> None:
-    """A KV-cache step against the floor of its matrix products and memory traffic, and against the full-forward sampler.
+    """A KV-cache step against the floor of its matrix products and memory traffic, and against samplers without a cache.
 
     Args:
         model: GPT-B, GPT-L, GPT-XL or GPT-XXL
@@ -57,7 +57,7 @@ def bench_sample(
         precisions: fp32, bf16 or both
         slot: the step that is timed
         repeats: timed steps; medians are printed
-        full_forward: time the full-forward sampler too
+        full_forward: time the samplers without a cache too: full forward, and a masked model in 8, 64 and 256 steps
         out: JSON file to write
         json: print the JSON in place of the table
     """
@@ -74,24 +74,24 @@ def bench_train(
     batch: int = 2,
     orders: int = 64,
     precision: str = "fp32",
-    repeats: int = 9,
-    out: Path = Path("bench/train.json"),
+    repeats: int = 10,
+    out: Path | None = None,
     json: bool = False,
 ) -> None:
-    """What random orders and the target embedding cost in training, against raster's step.
+    """What random orders, the target embedding, masks and an OrderHead cost in training, against raster's step.
 
     Args:
-        model: toy, GPT-B, GPT-L, GPT-XL or GPT-XXL
+        model: a scale (smoke, demo, toy, small, paper ...) or GPT-B, GPT-L, GPT-XL, GPT-XXL
         batch: images a step
         orders: orders drawn at once; their time is set against a step of as many images
         precision: fp32 or bf16
-        repeats: pairs of steps; medians are printed
-        out: JSON file to write
-        json: print the JSON in place of the line
+        repeats: steps of each kind; medians are printed
+        out: JSON file to write; runs/bench/train-MODEL.json when empty, where the report finds it
+        json: print the JSON in place of the lines
     """
     from orderlab.bench.training import run
 
-    result = run(model, batch, orders, precision, repeats=repeats, out=out, quiet=json)
+    result = run(model, batch, orders, precision, repeats=repeats, out=out or RUNS / "bench" / f"train-{model}.json", quiet=json)
     if json:
         print_json(result)
 
