@@ -346,6 +346,42 @@ SOURCE_COSTS = (
         "OrderHead forward/backward (3.46M params), O(L²) generation during eval",
     ),
 )
+# Its "All Methods at a Glance" (Section 7): method, our row, cost and trainable parameters as printed; then ours.
+SOURCE_GLANCE = (
+    ("RAR 300ep", "5-fair/rar-300", "O(L)", "110M"),
+    ("Raster 300ep", "5-fair/raster-300", "O(L)", "110M"),
+    ("Diagonal 300ep", "3-fixed/diagonal", "O(L²)", "110M"),
+    ("OrderHead (best: Exp 3)", "6-orderhead/exp3-ste-finetune", "O(8 × L²)", "110M + 3.46M"),
+    ("Random-order v1", "4-random-v1/raster-inference", "O(L)", "110M"),
+    ("Random orders, target told at inference (ours)", "ours-target/random-no-anneal-random", "", ""),
+    ("MAR: masked model, 64 steps", "8-context/mar", "O(T·L)", ""),
+    ("Masked model, 8 steps (ours)", "ours-masked/masked-random-8", "", ""),
+    ("Masked model by confidence, 8 steps (ours)", "ours-masked/masked-confidence-8", "", ""),
+    ("Masked model along Halton's path, 8 steps (ours)", "ours-masked/masked-halton-8", "", ""),
+)
+# Its "All Baselines for Context" (Section 5): model, our row, training, FID-5K and note as printed; then ours.
+SOURCE_BASELINES = (
+    (
+        "Raster baseline (c2i_B_256.pt)",
+        "ours-finetune/c2i-0-epochs",
+        "300ep IN-1K pretrained, 0ep IN-100",
+        25.40,
+        "Not trained on IN-100 at all",
+    ),
+    ("Raster 300ep from scratch", "5-fair/raster-300", "300ep from scratch on IN-100", 25.40, "Fair raster baseline (matches pretrained)"),
+    ("RAR 300ep from scratch", "5-fair/rar-300", "300ep from scratch on IN-100", 19.61, "Fair comparison, 23% better FID"),
+    ("RAR 400ep", "5-ablation/rar-400", "400ep from scratch on IN-100", 18.94, "33% more epochs than baselines"),
+    ("Raster retrain", "3-finetune/all-layers", "300ep IN-1K + 300ep IN-100 FT", 17.57, "~600ep effective, unfair baseline"),
+    ("Masked model (ours)", "8-context/mar", "", None, ""),
+)
+# Its summary of Section 8: column, our row, context at step t and ambiguous target as printed; one column is ours.
+SOURCE_CONTEXT = (
+    ("LlamaGen (raster)", "5-fair/raster-300", "Fixed raster prefix", "No (deterministic)"),
+    ("LlamaGen (random)", "4-random-v1/raster-inference", "Random prefix (inconsistent)", "Yes (without ta_embed)"),
+    ("random, target told (ours)", "ours-target/random-no-anneal-random", "", ""),
+    ("RAR", "5-fair/rar-300", "Raster prefix (after anneal)", "No (ta_embed during random; raster after anneal)"),
+    ("MAR", "8-context/mar", "ALL unmasked tokens", "No (mask is explicit)"),
+)
 SOURCE_HOURS = {"raster-300": 3.8, "rar-300": 3.8}  # of the same table, for the runs it names
 # Its inference costs ("All Methods at a Glance" and the summary): method, cost as printed.
 SOURCE_INFERENCE = (

@@ -37,6 +37,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": quality.compare,
     "nearest": quality.nearest,
     "report": study.report,
+    "compare-methods": study.compare_methods,
     "reference": quality.reference,
     "reference verify": quality.reference_verify,
     "weights inception": quality.weights_inception,

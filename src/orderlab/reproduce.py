@@ -17,6 +17,7 @@ from orderlab.config import RunConfig, SampleConfig
 from orderlab.evaluate import likelihood, score
 from orderlab.report.build import build
 from orderlab.report.collect import collect, run_folder
+from orderlab.report.comparisons import with_comparisons
 from orderlab.runtime.console import Console, is_main_process
 from orderlab.runtime.dist import world
 from orderlab.runtime.files import read_json
@@ -85,7 +86,8 @@ def run(plan: Plan, console: Console | None = None) -> Path | None:
     if not is_main_process():
         return None
     if plan.is_scored_here:
-        build(collect(rows, plan.scale, plan.runs, plan.seed), plan.report)
+        data = collect(rows, plan.scale, plan.runs, plan.seed)
+        build(with_comparisons(data, plan.scale, plan.runs, plan.seed), plan.report)
     _print_table(plan, console)
     console.say(f"done in {(time.perf_counter() - clock) / 60:.1f} minutes")
     return _say_where(plan, console)

@@ -62,7 +62,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
             id=table,
             title=title,
             intro=_intro(table, scale),
-            rows=[_row(row, scale, runs, seed) for row in rows if row.table == table],
+            rows=[read_row(row, scale, runs, seed) for row in rows if row.table == table],
             compare=("FD-fashion", "FID-5K") if scale.data.source == "fashion" else ("FID-5K", "FID-5K"),
         )
         for table, title in TABLES.items()
@@ -115,7 +115,8 @@ def _intro(table: str, scale: Scale) -> str:
     return f"{intros.get(table, '')} {scale.sample_images:,} images a row, guidance 2.0.".strip()
 
 
-def _row(row: Row, scale: Scale, runs: Path, seed: int) -> ReportRow:
+def read_row(row: Row, scale: Scale, runs: Path, seed: int, has_samples: bool = True) -> ReportRow:
+    """What was measured of a row; with its first images where they are asked for."""
     folder = run_folder(runs, row.run, scale, seed)
     own = variants(row, scale, seed)[0]
     name = sample_name(own.sample, own.checkpoint)
@@ -136,7 +137,7 @@ def _row(row: Row, scale: Scale, runs: Path, seed: int) -> ReportRow:
         source=row.source.printed(),
         cost=_cost(_json(folder.scores).get(name, {})),
         note="; ".join(note for note in (row_note(row, scale), _agreement(folder, own.sample), _failures(folder, runs)) if note),
-        samples=_images(folder, name, GRID_SAMPLES),
+        samples=_images(folder, name, GRID_SAMPLES) if has_samples else None,
     )
 
 

@@ -2,6 +2,7 @@
 A number that was not measured is None and is printed as an empty cell. P grid position · H, W grid or image height and width."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -116,6 +117,34 @@ class Playback:
     image_labels: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a sheet: what is printed, and what a program gets; both empty where nothing was measured."""
+
+    text: str = ""
+    value: Any = None
+    error: str = ""
+    """One standard error, printed beside the text."""
+
+    def __str__(self) -> str:
+        return f"{self.text} ± {self.error}" if self.error else self.text
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """A comparison of methods, words and numbers side by side: a heading a column, a label and its entries a row."""
+
+    id: str
+    title: str
+    intro: str
+    headings: list[str]
+    rows: list[tuple[str, list[Entry]]]
+
+    def has_words(self, column: int) -> bool:
+        """Whether a column holds words, and so is set flush left."""
+        return any(isinstance(entries[column].value, str) for _, entries in self.rows)
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A figure of its own: a file name, what it shows (also for those who cannot see it), and the drawing."""
@@ -150,6 +179,7 @@ class ReportData:
     orders: list[OrderPicture] = field(default_factory=list)
     coverage: list[CoverageCurve] = field(default_factory=list)
     playback: Playback | None = None
+    sheets: list[Sheet] = field(default_factory=list)
     galleries: list[Gallery] = field(default_factory=list)
     vocabulary: int | None = None
     notes: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Verbs of the study: reproduce, list, show, report."""
+"""Verbs of the study: reproduce, list, show, report, compare-methods."""
 
 from __future__ import annotations
 
@@ -131,7 +131,28 @@ def report(scale: str = "demo", rows: tuple[str, ...] = ("2-in100",), seed: int 
     """
     from orderlab.report.build import build
     from orderlab.report.collect import collect
+    from orderlab.report.comparisons import with_comparisons
 
     chosen, known = catalog.rows_named(rows), catalog.scale_named(scale)
-    for page in build(collect(chosen, known, runs, seed), out or runs / "reports" / f"{scale}-seed{seed}")[:2]:
+    data = with_comparisons(collect(chosen, known, runs, seed), known, runs, seed)
+    for page in build(data, out or runs / "reports" / f"{scale}-seed{seed}")[:2]:
         print(page)
+
+
+def compare_methods(scale: str = "demo", seed: int = 0, runs: Path = RUNS, json: bool = False) -> None:
+    """The study's comparisons of whole methods, from our runs: at a glance, training cost, context, all baselines.
+
+    Args:
+        scale: the scale of the runs
+        seed: the seed of the runs
+        runs: where run folders lie
+        json: print for programs; a cell nobody measured is null
+    """
+    from orderlab.report.comparisons import as_json, as_text, sheets
+    from orderlab.report.methods import Runs
+
+    found = sheets(Runs(catalog.scale_named(scale), runs, seed))
+    if json:
+        print_json({"scale": scale, "seed": seed, "tables": as_json(found)})
+    else:
+        print(as_text(found))
