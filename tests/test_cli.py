@@ -46,6 +46,12 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "raster-300", "--precision", "fp8", "--dry-run"], "precision"),
         (["sample", "/nowhere", "--guidance", "-1"], "--guidance"),
         (["sample", "/nowhere", "--order", "zigzig"], "did you mean 'zigzag'?"),
+        (["sample", "/nowhere", "--sampler", "unmask-random-0"], "--sampler: unknown sampler; expected kv-cache"),
+        (
+            ["sample", "/nowhere", "--sampler", "unmask-halton-8", "--order", "spiral"],
+            "its own order, halton; order spiral does not fit it",
+        ),
+        (["compare-methods", "--scale", "smok"], "did you mean 'smoke'?"),
         (["sample", "/nowhere"], "train the run to its end first"),
         (["nll", "/nowhere"], "is no run folder"),
         (["score", "/nowhere"], "no samples to score"),

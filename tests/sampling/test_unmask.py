@@ -162,7 +162,7 @@ def test_a_sample_config_names_method_and_steps(model: MaskedModel, name: str) -
     config = SampleConfig(sampler=f"{name}-6", order=name.removeprefix("unmask-"), guidance=1.5)
     order = HALTON if name == "unmask-halton" else config.order
     expected = unmask(model, CLASSES, order, seeds=SEEDS, steps=6, schedule=METHODS[name], guidance=1.5)
-    assert torch.equal(unmask_as(model, config, CLASSES, SEEDS), expected)
+    assert torch.equal(unmask_as(model, config)(CLASSES, SEEDS), expected)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_the_causal_sampler_refuses_a_masked_model(model: MaskedModel) -> None:
     with pytest.raises(UserError, match="generate takes a causal GPT"):
         generate(model, CLASSES, HALTON, seeds=SEEDS)  # pyrefly: ignore
     with pytest.raises(UserError, match="sampler kv-cache needs a causal model"):
-        unmask_as(model, SampleConfig(), CLASSES, SEEDS)
+        unmask_as(model, SampleConfig())
 
 
 @pytest.mark.parametrize(("sampler", "order", "message"), [

@@ -34,7 +34,8 @@ def method_for(model: ImageModel, config: SampleConfig, rescore: Rescore | None 
     if config.order == LEARNED:
         return _learned(model, name, number, rescore, options)
     if isinstance(model, MaskedModel):
-        return lambda classes_B, seeds: Made(unmask_as(model, config, classes_B, seeds))
+        unmasked = unmask_as(model, config)
+        return lambda classes_B, seeds: Made(unmasked(classes_B, seeds))
     if name in UNMASKING:
         raise UserError(f"sampler {config.sampler} needs a masked model, and this run's is causal; expected kv-cache or full-forward")
     gpt = model.gpt if isinstance(model, OrderedGPT) else model

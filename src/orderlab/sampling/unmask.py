@@ -37,15 +37,16 @@ CHOICE_TEMPERATURE = 4.5  # of the Gumbel noise on confidences at the first step
 NAMED_ORDERS = ("random", "confidence")
 
 
-def unmask_as(model: MaskedModel, config: SampleConfig, classes: Tensor, seeds: Sequence[int]) -> Tensor:
-    """`unmask` with the settings of a sample set."""
+def unmask_as(model: MaskedModel, config: SampleConfig) -> Callable[[Tensor, Sequence[int]], Tensor]:
+    """`unmask` with the settings of a sample set, as (classes, seeds) -> tokens. Settings that do not fit the model are refused here."""
     name, steps = config.method
     if name not in METHODS:
         known = ", ".join(f"{method}-T" for method in METHODS)
         raise UserError(f"sampler {config.sampler} needs a causal model, and this run's is masked; expected {known}")
+    reveal_counts(model.config.positions, steps, METHODS[name])
     order = path("halton", *model.config.grid) if name == "unmask-halton" else name.removeprefix("unmask-")
     options: dict[str, Any] = config.model_dump(include={"guidance", "guidance_schedule", "temperature", "top_k", "top_p"})
-    return unmask(model, classes, order, seeds=seeds, steps=steps, schedule=METHODS[name], **options)
+    return lambda classes, seeds: unmask(model, classes, order, seeds=seeds, steps=steps, schedule=METHODS[name], **options)
 
 
 def reveal_counts(positions: int, steps: int, schedule: str = "cosine") -> list[int]:

@@ -20,8 +20,10 @@ def validated(model: type[Any], values: dict[str, Any]) -> Any:
         return model(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        flag = str(first["loc"][0]).replace("_", "-") if first["loc"] else "arguments"
-        raise UserError(f"--{flag}: {first['msg']} (got {first['input']!r})") from None
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # flags that do not fit together
+            raise UserError(message) from None
+        raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {message} (got {first['input']!r})") from None
 
 
 def read_state(status: Path) -> str:
