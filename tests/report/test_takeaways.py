@@ -38,3 +38,10 @@ def test_consistency_sets_the_trained_order_beside_the_borrowed_one() -> None:
 
 def test_nothing_is_said_where_a_number_is_missing() -> None:
     assert takeaways(report({"5-fair/rar-300": (1.0, 0.1), "2-in100/spiral": (15.0, 0.2)})) == []
+
+
+def test_bidirectional_attention_is_set_beside_a_causal_model_told_its_target() -> None:
+    found = takeaways(report({"8-context/mar": (3.0, 0.1), "ours-target/random-no-anneal-random": (2.4, 0.1)}))
+    assert [(t.verdict, "its Section 8" in t.claim) for t in found] == [("our rows disagree", True)]
+    rows = {f"ours-masked/masked-{kind}-8": (value, 0.1) for kind, value in (("random", 3.0), ("halton", 2.0), ("confidence", 2.1))}
+    assert [t.verdict for t in takeaways(report(rows))] == ["our rows agree", "undecided"]
