@@ -70,7 +70,7 @@ def matrix(runs: Runs) -> Sheet:
     intro = (
         "Neighbours: of the existing 8-neighbours of a token, the share that its prediction sees (a group revealed together sees none of itself); random "
         f"orders are means over {DRAWS} draws, masks over {100 * DRAWS:,}. Reach: tokens are edited one at a time at half of an image, and the logits of the next one compared to the bit. "
-        "Ambiguous: the logits after one prefix are the same whichever position comes next, so the input does not say which is asked for; harmless only where training knew one order."
+        "Ambiguous: the logits after one prefix are the same whichever position comes next, so the input does not say which is asked for; harmless only where training knew one order. MAR's NLL is the mean over all orders."
     )
     return Sheet("context", "Context, ambiguity and cost: LlamaGen, random, RAR, MAR", intro, [line[0] for _, line in found], rows)
 
