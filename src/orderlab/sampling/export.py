@@ -61,8 +61,8 @@ def decoded(samples: SampleSet, vq: VQ, rounding: str, size: int | None, here: W
         images = np.zeros((batch, side, side, 3), np.uint8)  # of one shape for all, also beyond the end of the set
         if len(own_BP):
             images[: len(own_BP)] = _images(vq, own_BP, rounding, size)
-        for part, gathered in enumerate(here.gather(torch.from_numpy(images))):
-            kept = gathered[: max(0, count - start - part * batch)]
+        for part, collected in enumerate(here.collect(torch.from_numpy(images))):
+            kept = collected[: max(0, count - start - part * batch)]
             if len(kept):
                 yield kept.numpy()
 
