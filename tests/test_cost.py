@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orderlab import catalog, cli
+from orderlab import catalog, cli, cost_tables
 from orderlab.config import GPTConfig, SampleConfig
 from orderlab.cost import sampling_cost, training_cost, training_memory
 from orderlab.cost_memory import block_bytes, head_bytes
@@ -42,6 +42,16 @@ def test_memory_grows_with_images_and_falls_with_compiling() -> None:
     assert fixed == pytest.approx(110_393_856 * (5 * 4 + 2), rel=1e-6)  # weights, gradient, two moments, average; bf16 copies
 
 
+def test_split_weights_take_their_share_and_what_is_gathered() -> None:
+    config = catalog.resolve("raster-300", "paper-XL")
+    assert config.sharding == "fsdp"
+    whole, split = (training_memory(config, 64, False, devices) for devices in (1, 4))
+    parameters = 774_699_520 - 900 * 1280  # GPT-XL with 100 classes
+    block = 4 * 1280 * 1280 + 3 * 1280 * 3584 + 2 * 1280
+    gathered = parameters - 34 * block
+    assert whole - split == pytest.approx(22 * parameters - (5 * parameters + 6 * gathered), rel=1e-6)
+
+
 def test_a_global_batch_is_divided_over_the_devices() -> None:
     scale = catalog.scale_named("paper")
     cost = training_cost(catalog.resolve("raster-300", "paper"), scale)
@@ -50,6 +60,7 @@ def test_a_global_batch_is_divided_over_the_devices() -> None:
     assert cost["steps_per_epoch"] == pytest.approx(494.9, abs=0.1)
     assert cost["memory_gib_with_compile"] == cost["memory_gib"] < cost["memory_gib_without_compile"] < 80
     assert cost["source_hours"] == 3.8
+    assert "35% of their peak: assumed, not measured" in cost["hours_note"]
     halved = training_cost(catalog.resolve("raster-300", "paper", micro_batch=32), scale)
     assert halved["memory_gib"] < cost["memory_gib"]
     assert catalog.resolve("raster-300", "paper-1k").model.classes == 1000
@@ -70,6 +81,14 @@ def test_the_studys_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> No
         assert label in out
     assert "~3.8 hours" in out
     assert "assumed, not measured" in out
+
+
+def test_nine_generations_take_nine_times_the_traffic() -> None:
+    """semifast-8 with a KV cache: a draft and eight candidates; its weights are read as often."""
+    inference = cost_tables.study_tables(catalog.scale_named("paper"))[1]["rows"]
+    seconds = {(row[0], row[1]): float(row[5].removesuffix(" s")) for row in inference if row[5].endswith(" s")}
+    raster, semifast = seconds["RAR, raster (KV cache)", "KV cache"], seconds["OrderHead semifast-8", "KV cache"]
+    assert semifast == pytest.approx(9 * raster, rel=0.05)
 
 
 def test_every_run_of_a_scale_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:

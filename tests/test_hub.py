@@ -51,9 +51,9 @@ def test_gpt_b_goes_through_our_format_and_back_to_the_bit(tmp_path: Path) -> No
     assert {line.split()[0] for line in KEYS.read_text().splitlines() if line.strip()} == set(state)
     left_behind = {"freqs_cis": torch.zeros(257, 32, 2), "layers.0.attention.kv_cache.k_cache": torch.zeros(1)}
     torch.save({"model": {**state, **left_behind}, "steps": 3}, tmp_path / "c2i_B_256.pt")
-    cli.main(["hub", "import", str(tmp_path / "c2i_B_256.pt"), str(tmp_path / "ours.safetensors")])
-    assert same(load_file(tmp_path / "ours.safetensors"), state)
-    assert hub._save_llamagen(load_gpt(tmp_path / "ours.safetensors"), tmp_path / "back.pt") == []
+    cli.main(["hub", "import", str(tmp_path / "c2i_B_256.pt")])
+    assert same(load_file(tmp_path / "c2i_B_256.safetensors"), state)
+    assert hub._save_llamagen(load_gpt(tmp_path / "c2i_B_256.safetensors"), tmp_path / "back.pt") == []
     assert same(torch.load(tmp_path / "back.pt", weights_only=True)["model"], state)
 
 
@@ -88,6 +88,7 @@ def test_the_card_has_the_rows_with_the_studys_numbers_and_what_was_measured(rar
     assert "| raster@final | validation NLL, nats a token | 3.2500 |" in card
     header = read_weights(tmp_path / "out/model.safetensors").header
     assert json.loads(header["orderlab.run"])["recipe"] == "rar-300"
+    assert json.loads(header["orderlab.metrics"])["scores"]["raster-g2"]["records"] == [record]
     assert json.loads((tmp_path / "out/config.json").read_text())["run"]["images"] == 320
     assert json.loads((tmp_path / "out/metrics.json").read_text())["scores"]["raster-g2"]["records"] == [record]
     assert np.isfinite(load_gpt(tmp_path / "out/model.safetensors").output.weight.detach().numpy()).all()

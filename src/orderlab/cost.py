@@ -16,7 +16,7 @@ from orderlab.catalog import H100_TFLOPS, SOURCE_HOURS, Scale
 from orderlab.config import LEARNED, GPTConfig, RunConfig, SampleConfig
 from orderlab.config_tasks import MaskedTask, OracleTask
 from orderlab.cost_memory import block_bytes, head_bytes
-from orderlab.cost_tasks import forward_flops, masked_flops, parameters_of, training_flops, unmasking_flops
+from orderlab.cost_tasks import block_parameters, forward_flops, masked_flops, parameters_of, training_flops, unmasking_flops
 from orderlab.evaluate.likelihood import MASKED_IMAGES
 from orderlab.models.gpt import GPT
 from orderlab.models.oracle import Oracle, oracle_sizes
@@ -27,19 +27,24 @@ GIB = 2**30
 TRAINING_IMAGES = {100: 126_689, 1000: 1_281_167}  # of ImageNet-100 and ImageNet-1K
 
 
-def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool) -> float:
+def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool, devices: int = 1) -> float:
     """Bytes on one device at the end of the forward pass of `micro_batch` images, the peak of a step.
 
-    Weights, gradient, two moments and the moving average in fp32; autocast's bf16 copies of the matrices; what the backward
-    pass needs of each block, embedding and head; the gradient of the logits.
+    Weights, gradient, two moments and the moving average in fp32, each device's share of them under FSDP; autocast's bf16
+    copies of the matrices; what the backward pass needs of each block, embedding and head; the gradient of the logits.
     """
     model, is_bf16 = config.model, config.precision == "bf16"
     parameters = parameters_of(config)
     copies = 4 + bool(config.optim.ema)
+    fixed = 4.0 * parameters * copies
+    if config.sharding == "fsdp" and devices > 1:  # and whole at one time: embeddings and head, a block and the one gathered ahead
+        block = block_parameters(model)
+        parameters -= (model.layers - 2) * block
+        fixed = fixed / devices + 4 * parameters
     logits = model.positions * model.vocabulary * (6 if is_bf16 else 4)
     image = model.layers * block_bytes(model.dim, model.heads, model.ffn_dim, model.grid, is_bf16, is_compiled)
     image += head_bytes(model.dim, model.positions, model.vocabulary, is_bf16) + logits
-    return 4 * parameters * copies + 2 * parameters * is_bf16 + micro_batch * image
+    return fixed + 2 * parameters * is_bf16 + micro_batch * image
 
 
 def training_cost(config: RunConfig, scale: Scale) -> dict[str, Any]:
@@ -50,9 +55,10 @@ def training_cost(config: RunConfig, scale: Scale) -> dict[str, Any]:
     flops = training_flops(config) * config.images
     share = -(-config.batch // scale.gpus)
     micro = min(config.micro_batch or share, share)
-    memory = {"memory_gib": training_memory(config, micro, config.compile) / GIB}
+    memory = {"memory_gib": training_memory(config, micro, config.compile, scale.gpus) / GIB}
     if scale.compile:  # counting a compiled block takes some seconds
-        memory |= {f"memory_gib_{how}_compile": training_memory(config, micro, how == "with") / GIB for how in ("without", "with")}
+        for how in ("without", "with"):
+            memory[f"memory_gib_{how}_compile"] = training_memory(config, micro, how == "with", scale.gpus) / GIB
     ema = bool(config.optim.ema)
     exports = (1 + ema + len(config.phase_ends)) * 4 * parameters
     cost: dict[str, Any] = {

@@ -62,8 +62,9 @@ def _inference(scale: Scale) -> Table:
     model, per_image = scale.model, _flops_per_image(scale.model)
     rows = []
     for label, printed in SOURCE_INFERENCE:
+        generations = 1 + CANDIDATES if label == SOURCE_INFERENCE[2][0] else 1
         for name, flops in per_image[label].items():
-            hours = [_hours(flops, name, images, scale) for images in (5_000, 50_000)]
+            hours = [_hours(flops, name, images, generations, scale) for images in (5_000, 50_000)]
             relative = flops / per_image[SOURCE_INFERENCE[0][0]]["KV cache"]
             rows.append([label, name, printed, f"{flops / 1e12:,.3g}", f"{relative:,.1f}", *map(_time, hours)])
     headings = ["method", "sampler", "study's cost", "TFLOP an image", "times raster's", "5,000 images", "50,000 images"]
@@ -94,12 +95,12 @@ def _flops_per_image(model: GPTConfig) -> dict[str, dict[str, float]]:
     }
 
 
-def _hours(flops: float, sampler: str, images: int, scale: Scale) -> float:
-    """By FLOPs, and where tokens are generated one by one no less than reading the weights takes."""
+def _hours(flops: float, sampler: str, images: int, generations: int, scale: Scale) -> float:
+    """By FLOPs, and where tokens are generated one by one no less than reading the weights takes, in each of an image's generations."""
     by_flops = flops * images / (scale.sustained_tflops * 1e12) / 3600
     if sampler != "KV cache":
         return by_flops
-    config = SampleConfig.model_validate({"images": images, "batch": scale.sample_batch})
+    config = SampleConfig.model_validate({"images": images * generations, "batch": scale.sample_batch})
     return max(by_flops, sampling_cost(scale.model, config, scale)["hours"])
 
 

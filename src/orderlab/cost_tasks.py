@@ -57,6 +57,11 @@ def parameters_of(config: RunConfig) -> int:
     return body + order_head(config.task.head)[0] if isinstance(config.task, OrderHeadTask) else body
 
 
+def block_parameters(config: GPTConfig) -> int:
+    """Parameters of one block of the trunk."""
+    return sum(p.numel() for p in GPT(config, device="meta").layers[0].parameters())
+
+
 def training_flops(config: RunConfig) -> float:
     """FLOPs an image of training; a backward pass counts twice the forward pass.
 

@@ -7,6 +7,7 @@ than raster: an export says what it leaves out.
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,12 @@ def export_run(
         model = merge_target(model, path(merge_order, *model.config.grid))
         notes.append(f"the target table is merged for {merge_order}: other orders are lost")
     name = "model.safetensors" if format == "safetensors" else "model.pt"
+    metrics = {kind: read_json(file) for kind in ("scores", "nll") if (file := folder.root / f"{kind}.json").exists()}
     if format == "safetensors":
-        save_gpt(model, out / name, header={"run": config.model_dump_json()})
+        save_gpt(model, out / name, header={"run": config.model_dump_json(), "metrics": json.dumps(metrics)})
     else:
         notes += _save_llamagen(model, out / name)
     write_json(out / "config.json", {"model": model.config.model_dump(mode="json"), "run": config.model_dump(mode="json")})
-    metrics = {kind: read_json(file) for kind in ("scores", "nll") if (file := folder.root / f"{kind}.json").exists()}
     write_json(out / "metrics.json", metrics)
     write_atomically(out / "README.md", model_card(config, model, metrics, name, checkpoint, notes))
     return Exported([out / part for part in (name, "config.json", "metrics.json", "README.md")], notes)

@@ -1,5 +1,6 @@
 """Folders of images: order, classes, ADM's crop, and the faults of a folder."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from PIL import Image
 
 from orderlab.data.images import image_batches, read_image
+from orderlab.data.sources import ImageFile
 from orderlab.errors import UserError
+from tests.conftest import WORDNET_IDS
 
 
 def save(file: Path, value: int, size: tuple[int, int] = (10, 8), mode: str = "RGB") -> None:
@@ -37,9 +40,32 @@ def test_one_folder_has_no_classes_and_grey_becomes_three_channels(tmp_path):
 def test_the_crop_is_the_centre_of_the_short_side(tmp_path):
     ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 32, axis=0).repeat(3, axis=2)
     Image.fromarray(ramp).save(tmp_path / "r.png")
-    assert read_image(tmp_path / "r.png", 16).shape == (16, 16, 3)
-    assert np.array_equal(read_image(tmp_path / "r.png", 32), ramp[:, 16:48])
-    assert read_image(tmp_path / "r.png", 16)[0, :, 0].tolist() == pytest.approx(np.arange(16.5, 48, 2), abs=1)
+    file = ImageFile("", "r.png", str(tmp_path / "r.png"))
+    assert read_image(file, 16).shape == (16, 16, 3)
+    assert np.array_equal(read_image(file, 32), ramp[:, 16:48])
+    assert read_image(file, 16)[0, :, 0].tolist() == pytest.approx(np.arange(16.5, 48, 2), abs=1)
+
+
+def test_tar_files_of_chosen_classes_are_the_folder_of_their_images(image_tree, tmp_path):
+    """ImageNet's validation images as they are published: one tar file without folders, labels beside it."""
+    lines = []
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for i, file in enumerate(sorted((image_tree / "validation").rglob("*.JPEG")), start=1):
+            tar.add(file, arcname=f"ILSVRC2012_val_{i:08d}.JPEG")
+            lines.append(f"ILSVRC2012_val_{i:08d} {file.parent.name}")
+    (tmp_path / "labels.txt").write_text("\n".join(lines))
+    (tmp_path / "two.txt").write_text(f"{WORDNET_IDS[3]}\n{WORDNET_IDS[1]}\n")
+    whole = image_batches(image_tree / "validation", 100, 64)
+    kept = np.isin(whole.labels_N, [1, 3])
+    found = image_batches(tmp_path / "val.tar", 3, 64, str(tmp_path / "two.txt"), tmp_path / "labels.txt")
+    assert (found.count, found.height, found.width) == (8, 64, 64)
+    assert found.labels_N.tolist() == [0] * 4 + [1] * 4
+    assert np.array_equal(np.concatenate(list(found.batches)), next(whole.batches)[kept])
+    with pytest.raises(UserError, match=r"has no image of \d+ of 100 classes"):
+        image_batches(tmp_path / "val.tar", 3, 64, "imagenet100", tmp_path / "labels.txt")
+    (tmp_path / "labels.txt").write_text("\n".join(lines[:-1]))
+    with pytest.raises(UserError, match="has no class"):
+        image_batches(tmp_path / "val.tar", 3, 64, None, tmp_path / "labels.txt")
 
 
 def test_faults_name_the_file(tmp_path):

@@ -50,7 +50,7 @@ def test_llamagen_training_files(model: GPT, tmp_path: Path, wrapper: str | None
 
 def test_unknown_sizes_ask_for_heads_and_grid(model: GPT, tmp_path: Path) -> None:
     torch.save({"model": model.state_dict()}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="pass heads= and grid="):
+    with pytest.raises(UserError, match="give heads and grid"):
         load_gpt(tmp_path / "a.pt")
 
 

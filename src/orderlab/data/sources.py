@@ -43,6 +43,11 @@ class ImageFile:
     offset: int = 0
     size: int = -1
 
+    @property
+    def place(self) -> str:
+        """The file, or the tar file and the member's name."""
+        return self.path if self.size < 0 else f"{self.name} in {self.path}"
+
     def line(self) -> str:
         return "\t".join((self.wordnet_id, self.name, self.path, str(self.offset), str(self.size)))
 

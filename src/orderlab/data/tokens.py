@@ -46,6 +46,10 @@ class TokenSet:
     def __init__(self, folder: str | Path, class_rows: np.ndarray | None = None):
         """`class_rows` gives each of the set's classes its row in the model's class table; the same number when None."""
         self.folder, self.class_rows = Path(folder), class_rows
+        if not (self.folder / "meta.json").exists():
+            raise UserError(
+                f"{self.folder} is no token set (meta.json is missing); make it: orderlab tokenize imagenet --out {self.folder}"
+            )
         try:
             self.meta = TokenMeta.model_validate(read_json(self.folder / "meta.json"))
         except ValidationError as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from orderlab.data.images import image_batches
+from orderlab.data.images import ImageSource, image_batches
 from orderlab.data.npz import NpzFile, NpzWriter
 from orderlab.errors import UserError
 from orderlab.evaluate.features import FeatureExtractor
@@ -107,7 +107,11 @@ def make_reference(source: str | Path, out: str | Path, network: FeatureExtracto
 
     Returns the number of images behind the moments. Raises UserError for a folder without images and for images of unequal sizes.
     """
-    found = image_batches(source, BATCH, size)
+    return write_reference(image_batches(source, BATCH, size), str(source), out, network, keep)
+
+
+def write_reference(found: ImageSource, name: str, out: str | Path, network: FeatureExtractor, keep: int = 10_000) -> int:
+    """The same of images from anywhere; `name` says in the file where they came from."""
     kept = np.unique(np.linspace(0, found.count - 1, min(keep, found.count)).round().astype(int))
     pool, spatial = MomentAccumulator(), MomentAccumulator()
     with NpzWriter(out) as writer:
@@ -122,7 +126,7 @@ def make_reference(source: str | Path, out: str | Path, network: FeatureExtracto
             writer.array("sigma_s", spatial.result().covariance)
         writer.array("pool", np.concatenate(parts))
         note = {"network": network.name, "weights_hash": network.weights_hash, "resize": network.resize, "images": found.count}
-        writer.note({**note, "source": str(source), "code": code_version()})
+        writer.note({**note, "source": name, "code": code_version()})
     return found.count
 
 

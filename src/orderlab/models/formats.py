@@ -119,7 +119,9 @@ def _config_from_shapes(weights: WeightFile, file: str | Path, heads: int | None
     side = int(header.get("block_size", 256 if preset else 0)) ** 0.5
     grid = grid or (int(side), int(side))
     if not heads or not grid[0]:
-        raise UserError(f"checkpoint {file}: {layers} layers of width {dim} match no LlamaGen preset; pass heads= and grid=(height, width)")
+        raise UserError(
+            f"checkpoint {file}: {layers} layers of width {dim} match no LlamaGen preset; give heads and grid (--heads 12 --grid 16x16)"
+        )
     try:
         return GPTConfig(
             layers=layers,

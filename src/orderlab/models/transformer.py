@@ -38,7 +38,7 @@ def rope_table(grid: tuple[int, int], head_dim: int, base: float, dtype: torch.d
 def rotate(x_BTHK: Tensor, rope_BTK2: Tensor) -> Tensor:
     """Rotate the interleaved pairs (2j, 2j+1) of each head; fp32 (or wider) maths, cast back."""
     pairs = x_BTHK.to(rope_BTK2.dtype).unflatten(-1, (-1, 2))
-    if pairs.is_cpu:  # one complex product: the same numbers, forward and backward in an eighth of the time
+    if pairs.is_cpu and not torch.compiler.is_compiling():  # one complex product: the same numbers in an eighth of the time
         turned = torch.view_as_complex(pairs) * torch.view_as_complex(rope_BTK2)[:, :, None]
         return torch.view_as_real(turned).flatten(-2).type_as(x_BTHK)
     a, b = pairs.unbind(-1)

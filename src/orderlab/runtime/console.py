@@ -70,17 +70,17 @@ class PlainBar:
     def __init__(self, console: Console, title: str, total: int):
         self.console, self.title, self.total = console, title, total
         self.start, self.printed = time.perf_counter(), 0
-        self.first: int | None = None
+        self.first: tuple[int, float] | None = None  # what was there at the first update, and when: what came before it tells no speed
 
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
         self.total = total or self.total
+        now = time.perf_counter()
         if self.first is None:
-            self.first = done if done < self.total else 0
+            self.first = done, now
         tenth = done * PLAIN_LINES // max(1, self.total)
         if tenth <= self.printed:
             return
         self.printed = tenth
-        seconds = time.perf_counter() - self.start
-        fresh = done - self.first
-        eta = f" · ETA {seconds * (self.total - done) / fresh:.0f} s" if fresh > 0 and done < self.total else ""
-        self.console.say(f"{self.title} · {done:,}/{self.total:,} · {seconds:.0f} s{eta}{' · ' + note if note else ''}")
+        fresh = done - self.first[0]
+        eta = f" · ETA {(now - self.first[1]) * (self.total - done) / fresh:.0f} s" if fresh > 0 and done < self.total else ""
+        self.console.say(f"{self.title} · {done:,}/{self.total:,} · {now - self.start:.0f} s{eta}{' · ' + note if note else ''}")

@@ -48,7 +48,7 @@ class World:
         """The mean over processes; `value` itself when alone."""
         return self.sum(value) / self.size if self.size > 1 else value
 
-    def all_parts(self, value: Tensor) -> list[Tensor]:
+    def collect(self, value: Tensor) -> list[Tensor]:
         """Every process's tensor, all of one shape and on the CPU, at the first process; nothing at the others."""
         if self.size == 1:
             return [value]

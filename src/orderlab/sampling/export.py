@@ -2,7 +2,7 @@
 
 The rules differ between papers and move a metric by more than its error (docs/concepts.md): how labels were chosen is the sample set's own; here
 are the resize (bicubic without antialias, before rounding, as LlamaGen's 384 to 256) and the rounding to uint8. Several processes decode
-batches in turn and the first writes them; batches have one shape, so the number of processes changes no pixel.
+batches in turn and the first writes them; the batches are the same for any number of processes, and so is every pixel.
 
 B batch · N images
 """
@@ -54,14 +54,15 @@ def decoded(samples: SampleSet, vq: VQ, rounding: str, size: int | None, here: W
         raise UserError(
             f"sample set {samples.folder} holds code {highest}, the tokenizer has {vocabulary}; was it sampled with another one?"
         )
-    count = len(samples.tokens_NP)
-    batch = min(BATCH, count)
+    count, positions = samples.tokens_NP.shape
+    batch, side = min(BATCH, count), size or round(positions**0.5) * vq.config.downsampling
     for start in range(0, count, batch * here.size):
-        own = start + batch * here.rank
-        rows = np.arange(own, own + batch) % count  # what lies beyond the end is filled up from the front, and dropped below
-        images = _images(vq, samples.tokens_NP[rows], rounding, size)
-        for part, gathered in enumerate(here.all_parts(torch.from_numpy(np.ascontiguousarray(images)))):
-            kept = gathered[: max(0, count - start - part * batch)]
+        own_BP = samples.tokens_NP[start + batch * here.rank :][:batch]
+        images = np.zeros((batch, side, side, 3), np.uint8)  # of one shape for all, also beyond the end of the set
+        if len(own_BP):
+            images[: len(own_BP)] = _images(vq, own_BP, rounding, size)
+        for part, collected in enumerate(here.collect(torch.from_numpy(images))):
+            kept = collected[: max(0, count - start - part * batch)]
             if len(kept):
                 yield kept.numpy()
 

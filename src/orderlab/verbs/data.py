@@ -54,7 +54,7 @@ def tokenize_imagenet(
         print(f"skipped {line}")
     print(
         f"{result['tokens']}: {result['images']:,} images of {result['classes']} classes, {result['views']} views, {len(result['broken'])} skipped · "
-        f"{result['encoded_now']:,} encoded now in {result['seconds']:.1f} s, {result['images_per_second']:.1f} images/s on {result['processes']} processes"
+        f"{result['encoded_now']:,} encoded now in {result['seconds']:.1f} s, {result['images_per_second']:.1f} images/s on {result['processes']} process{'es' * (result['processes'] > 1)}"
     )
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from orderlab.verbs.output import print_json
 
 
-def hub_import(file: Path, out: Path, /, heads: int | None = None, grid: str | None = None, json: bool = False) -> None:
+def hub_import(file: Path, out: Path | None = None, /, heads: int | None = None, grid: str | None = None, json: bool = False) -> None:
     """LlamaGen's checkpoint (c2i_B_256.pt) as safetensors with its config, bit for bit.
 
     Args:
         file: LlamaGen's .pt or .safetensors, or ours
-        out: .safetensors file to write
+        out: .safetensors file to write; FILE's name with that suffix when empty
         heads: attention heads, where the sizes match no LlamaGen preset
         grid: HEIGHTxWIDTH of the tokens, where it is not the preset's
         json: print for programs
@@ -20,7 +20,7 @@ def hub_import(file: Path, out: Path, /, heads: int | None = None, grid: str | N
     from orderlab.hub import import_weights
     from orderlab.order.paths import parse_grid
 
-    result = import_weights(file, out, heads, parse_grid(grid) if grid else None)
+    result = import_weights(file, out or file.with_suffix(".safetensors"), heads, parse_grid(grid) if grid else None)
     if json:
         print_json(result)
         return

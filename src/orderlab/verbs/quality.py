@@ -155,24 +155,35 @@ def nearest(samples: Path, /, picture: Path | None = None, network: str | None =
         print(f"  NLL, nats a token: training {result['train_nll']:.4f}, validation {result['validation_nll']:.4f}")
 
 
-def reference(images: Path, /, out: Path, network: str | None = None, keep: int = 10_000, size: int | None = None) -> None:
-    """Make a reference file from a folder of images or a token set.
+def reference(
+    images: Path,
+    /,
+    out: Path,
+    network: str | None = None,
+    keep: int = 10_000,
+    size: int | None = None,
+    classes: str | None = None,
+    labels: Path | None = None,
+) -> None:
+    """Make a reference file from a folder of images, tar files of them or a token set.
 
     Args:
-        images: folder of images (subfolders are classes), or a token set
+        images: folder of images (subfolders are classes), tar file of them or folder of tar files, or a token set
         out: npz to write
         network: inception, fashion, efficientnet-lite0 or a TorchScript file; by image size when empty
         keep: images kept for precision and recall, evenly spaced
         size: centre crop to so many pixels, as ADM crops
+        classes: imagenet100, imagenet1k or a file of WordNet ids; all when empty
+        labels: classes of validation images that lie in no class folder: ILSVRC2012_devkit_t12.tar.gz, or lines of name and id
     """
     from orderlab.data.images import image_batches
     from orderlab.evaluate.extractors import default_network, extractor
-    from orderlab.evaluate.reference import make_reference
+    from orderlab.evaluate.reference import BATCH, write_reference
 
-    first = image_batches(images, 1, size)
-    seen = extractor(network or default_network(first.height, first.width))
-    count = make_reference(images, out, seen, keep, size)
-    print(f"reference: {out} · {count:,} images of {first.height}x{first.width} · {seen.name}")
+    found = image_batches(images, BATCH, size, classes, labels)
+    seen = extractor(network or default_network(found.height, found.width))
+    count = write_reference(found, str(images), out, seen, keep)
+    print(f"reference: {out} · {count:,} images of {found.height}x{found.width} · {seen.name}")
 
 
 def reference_verify(reference: Path, samples: Path, /) -> None:

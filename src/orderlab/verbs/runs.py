@@ -111,13 +111,13 @@ def sample(
         temperature: divides the logits
         top_k: keep the k largest logits; 0 keeps all
         top_p: keep the smallest set of this probability
-        sampler: kv-cache, full-forward or best-of-N; in learned order semifast-N, fast, phases-N or slow; of a masked model
+        sampler: kv-cache, kv-cache-static (fixed shapes, for CUDA graphs), full-forward or best-of-N; in learned order semifast-N, fast, phases-N or slow; of a masked model
             unmask-random-T, unmask-confidence-T or unmask-halton-T, in T steps and an order of their own
         rescore: likelihood or oracle; what best-of-N and semifast-N choose by
         labels: balanced or iid
         batch: images at a time; changes nothing but speed and memory
         seed: image i is a function of (seed, i)
-        checkpoint: final or final-ema
+        checkpoint: final, final-ema, random-end or anneal-end
         picture: also write a PNG of the first 100 images
         npz: also write the images as ADM's evaluator and orderlab score read them
         rounding: of the npz: llamagen (truncate 127.5 x + 128) or truncate (127.5 x + 127.5, as RAR and ADM)
@@ -190,7 +190,7 @@ def nll(
     Args:
         run: the run folder
         orders: names with commas between; a masked model takes as many passes as tokens for each, but any-order
-        checkpoint: final or final-ema
+        checkpoint: final, final-ema, random-end or anneal-end
         dry_run: print the cost over 5,000 images; measure nothing
         json: print for programs, with the curves by step and by position
     """
