@@ -26,7 +26,7 @@ def failure_modes(
 ) -> list[str]:
     """The names of what went wrong, the scores first; empty where nothing did.
 
-    `score_std` is a series, or one figure (no figure: nothing is said of scores); `ce` the cross-entropy in learned orders and
+    `score_std` is a series over the run (growing means above its start), or one figure (no figure: nothing is said of scores); `ce` the cross-entropy in learned orders and
     `baseline` raster's, in nats a token. A frozen body that was trained in raster alone is a fault of its own.
     """
     modes = []
@@ -86,7 +86,7 @@ class Diagnosis:
         if not stds or progress < FIRST_LOOK:
             return []
         ce = ces[-1] if progress >= self.first_look_at_body else None
-        return failure_modes(stds[-2:], ce, self.baseline, self.is_raster_body_frozen)
+        return failure_modes(stds, ce, self.baseline, self.is_raster_body_frozen)
 
     def alerts(self, steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Records of what is new, given the values of the steps since the last call ("images" too)."""
