@@ -194,6 +194,7 @@ def test_a_class_sorted_file_is_warned_about_unless_it_is_shuffled(tmp_path):
     assert measured.origin == Origin("balanced", "class-sorted", "truncate", "unknown", (4,))
     assert "sorted by class" in warnings(measured, Options())[0]
     assert not any("sorted" in line for line in warnings(measured, Options(shuffle_seed=0)))
+    assert not warnings(samples.measured(Tiny(widths=(6, 5, 0))), Options())  # no classes, no Inception Score
 
 
 def test_odd_notes_count_as_unknown(tmp_path):

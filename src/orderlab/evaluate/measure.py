@@ -180,7 +180,8 @@ def spread(features_ND: np.ndarray, most: int = MMD_ROWS) -> np.ndarray:
 def warnings(measured: Measured, options: Options) -> list[str]:
     """What a reader of the numbers must know, one line each."""
     lines = []
-    if measured.origin.image_order == "class-sorted" and options.shuffle_seed is None:
+    has_score = measured.features.logits.shape[1] > 1
+    if has_score and measured.origin.image_order == "class-sorted" and options.shuffle_seed is None:
         lines.append(
             "the samples are sorted by class: Inception Score over unshuffled splits sees few classes at a time and comes out low; "
             "give --shuffle 0, or write the samples in mixed order"
