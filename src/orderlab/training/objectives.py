@@ -21,6 +21,7 @@ from typing_extensions import Self
 
 from orderlab.config import RunConfig
 from orderlab.data.tokens import TokenSet
+from orderlab.errors import UserError
 from orderlab.runtime.keys import generator
 from orderlab.training.parallel import clip
 
@@ -77,7 +78,7 @@ class Objective(ABC, Generic[Model]):
 
     def load_start(self, tensors: dict[str, Tensor], file: Path) -> None:
         """Take the weights of the checkpoint a run starts from."""
-        raise NotImplementedError(f"task {self.config.task.kind} starts from fresh weights")
+        raise UserError(f"a run of task {self.config.task.kind} starts from fresh weights, not from {file}; leave its start empty")
 
     def clip(self) -> dict[str, Tensor]:
         """Clip the gradients; returns the norms before, on the device."""
