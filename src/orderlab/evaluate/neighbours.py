@@ -22,7 +22,7 @@ PRMode = Literal["fp32", "adm-fp16"]
 # Two float64 distances closer than this share of the squared norms are a tie: rounding is near 1e-14, float32 features differ by 1e-7.
 TIE = 1e-12
 SPARE = 4  # candidates beyond the k-th neighbour: enough that float32 seldom leaves it open which is the k-th
-FEW = 16  # rows that are converted or gathered at a time
+FEW = 2**15  # numbers that are converted at a time, and stay in the cache
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class _Frame:
     def tile(self, rows_BD: Tensor) -> tuple[Tensor, Tensor]:
         """The rows in the frame in float32, and their squared norms in float64."""
         tile_BD, norms = torch.empty(rows_BD.shape, dtype=torch.float32), []
-        for few_BD, out_BD in zip(rows_BD.split(FEW), tile_BD.split(FEW)):  # few at a time stay in the cache
+        few = max(1, FEW // rows_BD.shape[1])
+        for few_BD, out_BD in zip(rows_BD.split(few), tile_BD.split(few)):
             moved_BD = (few_BD.double() - self.centre_D).mul_(self.scale)
             out_BD.copy_(moved_BD)
             norms.append(moved_BD.square_().sum(1))
@@ -140,8 +141,8 @@ def _nearest(least_BC: Tensor, found_BC: Tensor, tile_BB: Tensor, offset: int, c
 
 def _kth(features_ND: Tensor, found_NC: Tensor, k: int) -> Tensor:
     """Squared distance in float64 to the k-th nearest of each row's candidates, itself not counted."""
-    radii = []
-    for rows_BD, found_BC in zip(features_ND.split(FEW), found_NC.split(FEW)):
+    radii, few = [], max(1, FEW // features_ND.shape[1])
+    for rows_BD, found_BC in zip(features_ND.split(few), found_NC.split(few)):
         difference_BCD = features_ND[found_BC].double().sub_(rows_BD.double()[:, None])
         radii.append(difference_BCD.square_().sum(2).kthvalue(k + 1, dim=1).values)
     return torch.cat(radii)
