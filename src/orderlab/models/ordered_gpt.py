@@ -32,6 +32,8 @@ class Ordered(NamedTuple):
 
     scores_BP: Tensor
     split: Split
+    order_BT: Tensor
+    """The order each image takes: its split's, or raster."""
     tokens_BT: Tensor
     """The images in their orders."""
     logits_BTV: Tensor | None
@@ -101,10 +103,10 @@ class OrderedGPT(nn.Module):
             scale_BP = torch.where(is_learned_B[:, None], scale_BP, torch.ones_like(scale_BP))
         tokens_BT = to_steps(tokens_BP, order_BT)
         if not is_generating:
-            return Ordered(scores_BP, groups, tokens_BT, None)
+            return Ordered(scores_BP, groups, order_BT, tokens_BT, None)
         scale_BT = to_steps(scale_BP, order_BT)
         logits_BTV = self.gpt(classes_B, tokens_BT, order_BT, target=self.target, token_scale_BT=scale_BT)
-        return Ordered(scores_BP, groups, tokens_BT, logits_BTV)
+        return Ordered(scores_BP, groups, order_BT, tokens_BT, logits_BTV)
 
     def load(self, tensors: dict[str, Tensor], file: str | Path) -> None:
         """Take a checkpoint of this model, or a GPT's under a fresh OrderHead."""

@@ -112,8 +112,7 @@ class OrderHead(Objective[OrderedGPT]):
         if task.oracle and batch.importance_BP is not None:
             loss = loss + task.oracle.weight * F.mse_loss(torch.sigmoid(out.scores_BP), batch.importance_BP)
         if task.alignment:
-            order_BT = out.split.order_BT if batch.is_learned_B is None else order_taken(out.split.order_BT, batch.is_learned_B)
-            loss = loss + task.alignment * alignment_loss(out.scores_BP, ce_BT, order_BT)
+            loss = loss + task.alignment * alignment_loss(out.scores_BP, ce_BT, out.order_BT)
         if task.score_penalty:
             loss = loss + task.score_penalty * out.scores_BP.square().mean()
         self._note(ce_BT, out)
@@ -125,7 +124,7 @@ class OrderHead(Objective[OrderedGPT]):
             return per_token_ce(out.logits_BTV, out.tokens_BT)
         with torch.no_grad():
             gpt = self.model.gpt
-            return per_token_ce(gpt(batch.classes_B, out.tokens_BT, out.split.order_BT, target=self.model.target), out.tokens_BT)
+            return per_token_ce(gpt(batch.classes_B, out.tokens_BT, out.order_BT, target=self.model.target), out.tokens_BT)
 
     def clip(self) -> dict[str, Tensor]:
         """The study clips the two together; its Experiment 5 clips the OrderHead alone, and harder."""
@@ -238,12 +237,6 @@ def learned_ratio(task: OrderHeadTask, progress: float) -> float:
     if progress >= task.ramp_until:
         return 1.0
     return (progress - task.raster_until) / (task.ramp_until - task.raster_until)
-
-
-def order_taken(order_BT: Tensor, is_learned_B: Tensor) -> Tensor:
-    """The learned order, or raster."""
-    raster_T = torch.arange(order_BT.shape[1], device=order_BT.device)
-    return torch.where(is_learned_B[:, None], order_BT, raster_T)
 
 
 def per_token_ce(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
