@@ -262,6 +262,8 @@ ROWS: tuple[Row, ...] = (
     Row("ours-orderhead/on-rar150-joint-fast",      "IN-100", "orderhead-on-rar150-joint", "learned",  Source(), sampler="fast"),
     Row("ours-orderhead/rar150-raster-best-of-8",   "IN-100", "rar-300", "raster",   Source(), checkpoint="random-end", target=True, sampler="best-of-8"),
     Row("ours-orderhead/rar150-random-best-of-8",   "IN-100", "rar-300", "shuffled", Source(), checkpoint="random-end", target=True, sampler="best-of-8"),
+    Row("ours-orderhead/rar150-longer-raster",      "IN-100", "rar150-longer", "raster",   Source(), note="the body of on-rar150 trained as long in random orders, without an OrderHead"),
+    Row("ours-orderhead/rar150-longer-random",      "IN-100", "rar150-longer", "random:0", Source(), note="the same, in a random order"),
     # Ours: what the fine-tunes start from, and whether new class rows explain the study's 98.62.
     Row("ours-finetune/c2i-0-epochs",               "IN-100", "pretrained",                   "raster", Source()),
     Row("ours-finetune/last-1-block-new-classes",   "IN-100", "finetune-last-1-new-classes",  "raster", Source()),
@@ -328,6 +330,7 @@ RECIPES: dict[str, Recipe] = {
     # Ours: the study's natural next step.
     "orderhead-on-rar150":        Recipe(FixedOrder(order="raster"), 0.324, True, True, start="rar-300", start_checkpoint="random-end", task=OrderHeadTask(is_body_frozen=True, baseline=None), anneal_units=0.324),
     "orderhead-on-rar150-joint":  Recipe(FixedOrder(order="raster"), 0.324, True, True, start="rar-300", start_checkpoint="random-end", task=OrderHeadTask(baseline=None), anneal_units=0.324),
+    "rar150-longer":              Recipe(RandomOrder(), 0.324, True, True, start="rar-300", start_checkpoint="random-end"),
     # Section 8.
     "masked":             Recipe(RandomOrder(), task=MaskedTask()),
 }

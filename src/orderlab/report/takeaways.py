@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from orderlab.report.data import ReportData, Value
 
 CLEAR = 2.0  # combined standard errors
+TRAINED_BODY = "Ours: training that body in the OrderHead's orders does better than in random ones for as long"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def takeaways(data: ReportData) -> list[Takeaway]:
         _better(numbers, metric, "RAR beats raster at equal budget (its Section 5)", "5-fair/rar-300", "5-fair/raster-300"),
         _better(nlls, "validation NLL", "RAR beats raster at equal budget, by likelihood", "5-fair/rar-300", "5-fair/raster-300"),
         *_learned_orders(numbers, metric),
+        _better(nlls, "validation NLL", f"{TRAINED_BODY}, by likelihood", "ours-orderhead/on-rar150-joint", "ours-orderhead/rar150-longer-random"),
         *_bidirectional(numbers, metric),
     ]
     return [takeaway for takeaway in found if takeaway is not None]
@@ -63,6 +65,7 @@ def _learned_orders(numbers: dict[str, Value], metric: str) -> list[Takeaway | N
         _better(numbers, metric, "An order-agnostic body is its better home (its Section 7)", frozen, best),
         _better(numbers, metric, "Ours: there it does better than eight random orders", frozen, "ours-orderhead/rar150-random-best-of-8"),
         _better(numbers, metric, "Ours: there it does better than eight rasters", frozen, "ours-orderhead/rar150-raster-best-of-8"),
+        _better(numbers, metric, TRAINED_BODY, "ours-orderhead/on-rar150-joint-fast", "ours-orderhead/rar150-longer-random"),
     ]
 
 
