@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from orderlab.config import GPTConfig
-from orderlab.models.decode import CachedDecoder, Matrix, attend_one, way_for
+from orderlab.models import decode
+from orderlab.models.decode import CachedDecoder, Matrix, attend_one, way_for, working_type
 from orderlab.order.perm import random_orders
 from orderlab.sampling.generate import FullForwardDecoder
 from tests.models.test_gpt import noisy
@@ -15,7 +16,7 @@ from tests.models.test_gpt import noisy
 def test_products_agree_in_every_layout(rows: int, dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight, x, h = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((264, 48), (rows, 48), (rows, 264)))
-    matrix, back = Matrix(weight, rows), Matrix(weight.t().contiguous(), rows)
+    matrix, back = Matrix(weight, rows, dtype), Matrix(weight.t().contiguous(), rows, dtype)
     x = x.t().contiguous().t() if matrix.way == "features" else x
     torch.testing.assert_close(matrix(x), x @ weight.t(), atol=tolerance, rtol=tolerance)
     expected = x + h @ weight
@@ -23,12 +24,47 @@ def test_products_agree_in_every_layout(rows: int, dtype: torch.dtype, tolerance
     torch.testing.assert_close(x, expected, atol=tolerance, rtol=tolerance)
 
 
-def test_layout_depends_on_type_and_rows_alone() -> None:
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9])
+def test_a_narrow_weight_multiplies_wider_rows(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, x, h = (torch.randn(*shape, generator=generator) for shape in ((264, 48), (rows, 48), (rows, 264)))
+    weight = weight.bfloat16()
+    matrix, back = Matrix(weight, rows, torch.float32), Matrix(weight.t().contiguous(), rows, torch.float32)
+    assert (matrix.way == "rounded") == (rows <= 4)
+    tolerance = 0.3 if rows <= 4 else 1e-4
+    torch.testing.assert_close(matrix(x), x @ weight.float().t(), atol=tolerance, rtol=0)
+    expected = x + h @ weight.float()
+    back.add_to(x, h)
+    torch.testing.assert_close(x, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL there is one layout for many rows")
+def test_layout_depends_on_the_processor_the_type_and_the_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, wide = torch.zeros(4, 4), torch.zeros(20, 4)
-    many = "packed" if torch.backends.mkl.is_available() else "features"
-    assert [way_for(weight, rows) for rows in (1, 4, 5, 31, 32)] == ["rows", "rows", "features", "features", many]
-    assert [way_for(wide, rows) for rows in (4, 15, 16, 32)] == ["rows", "features", many, many]
+    monkeypatch.setattr(decode, "cpu_has", {"avx2", "avx512_f"}.__contains__)
+    assert [way_for(weight, rows) for rows in (1, 4, 5, 31, 32)] == ["rows", "rows", "features", "features", "packed"]
+    assert [way_for(wide, rows) for rows in (4, 15, 16, 32)] == ["rows", "features", "packed", "packed"]
+    monkeypatch.setattr(decode, "cpu_has", {"avx2"}.__contains__)
+    assert [way_for(weight, rows) for rows in (1, 8, 9, 255, 256)] == ["turned", "turned", "features", "features", "packed"]
     assert {way_for(weight.bfloat16(), rows) for rows in (1, 4, 64)} == {"features"}
+
+
+@pytest.mark.parametrize(
+    ("features", "stored", "expected"),
+    [
+        ({"avx2"}, torch.bfloat16, torch.float32),
+        ({"avx2", "avx512_f"}, torch.bfloat16, torch.float32),
+        ({"avx2", "avx512_f", "amx_bf16"}, torch.bfloat16, torch.bfloat16),
+        ({"avx2", "avx512_f", "avx512_bf16"}, torch.bfloat16, torch.bfloat16),
+        (set(), torch.bfloat16, torch.bfloat16),  # no x86: not measured, as stored
+        ({"avx2"}, torch.float64, torch.float64),
+    ],
+)
+def test_bf16_is_decoded_in_fp32_where_the_processor_has_no_units_for_it(
+    features: set[str], stored: torch.dtype, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "cpu_has", features.__contains__)
+    assert working_type(torch.zeros(1, dtype=stored)) is expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

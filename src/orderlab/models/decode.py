@@ -20,66 +20,89 @@ from torch.nn import functional as F
 from orderlab.models.gpt import GPT
 from orderlab.models.transformer import Block, RMSNorm, rope_table
 
-FEW_ROWS, SOME_ROWS, MANY_ROWS = 4, 16, 32
 WIDE = 4  # a weight with more than so many outputs an input
 
 
 class Matrix:
-    """A weight [out, in] laid out for products with exactly R rows: x W^T and x + h W^T.
+    """A weight [out, in] laid out for products with exactly R rows of a type: x W^T and x + h W^T.
 
-    Three ways, decided by device, type, shape and R alone, each the fastest where it is used (measured in docs/results.md):
-    "rows" is `F.linear`; "packed" is MKL's prepacked copy, bound to R; "features" is W x^T on an x whose features lie
-    outermost in memory, a layout that elementwise operations keep.
+    Five ways, decided by the kind of device, type, shape and R alone, each the fastest where it is used (measured in
+    docs/results.md): "rows" is `F.linear`; "rounded" the same in the weight's own, narrower type; "packed" is MKL's prepacked
+    copy, bound to R; "turned" is W x^T on an x whose rows lie outermost in memory, "features" the same on one whose features
+    do, a layout that elementwise operations keep.
     """
 
-    def __init__(self, weight: Tensor, rows: int):
-        self.weight, self.rows, self.way = weight, rows, way_for(weight, rows)
+    def __init__(self, weight: Tensor, rows: int, dtype: torch.dtype):
+        is_rounded = weight.dtype != dtype and rows <= 4  # bound by reading the weight
+        self.weight, self.rows = weight if is_rounded else weight.to(dtype), rows
+        self.way = "rounded" if is_rounded else way_for(self.weight, rows)
         if self.way == "packed":
             self.packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
 
     def __call__(self, x_RD: Tensor) -> Tensor:
+        if self.way == "turned":
+            return torch.mm(self.weight, x_RD.contiguous().t()).t()
         if self.way == "features":
             return torch.mm(self.weight, x_RD.t()).t()
         if self.way == "packed":
             return torch.ops.mkl._mkl_linear(x_RD.contiguous(), self.packed, self.weight, None, self.rows)
+        if self.way == "rounded":
+            return F.linear(x_RD.to(self.weight.dtype), self.weight).to(x_RD.dtype)
         return F.linear(x_RD, self.weight)
 
     def add_to(self, x_RD: Tensor, h_RD: Tensor) -> None:
         """x += h W^T in place."""
         if self.way == "features":
             x_RD.t().addmm_(self.weight, h_RD.t())
-        elif self.way == "packed":
-            x_RD.add_(self(h_RD))
-        else:
+        elif self.way == "rows":
             x_RD.addmm_(h_RD, self.weight.t())
+        else:
+            x_RD.add_(self(h_RD))
 
 
 def way_for(weight: Tensor, rows: int) -> str:
-    if weight.is_cuda or (weight.dtype == torch.float32 and rows <= FEW_ROWS):
+    """The way of a weight's products with so many rows; see `Matrix`."""
+    is_single = weight.dtype == torch.float32
+    if weight.is_cuda:
         return "rows"
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkl.is_available():
-        return "features"
+    if weight.device.type != "cpu" or not is_single or not torch.backends.mkl.is_available():
+        return "rows" if is_single and rows <= 4 else "features"
+    if not cpu_has("avx512_f"):
+        return "turned" if rows <= 8 else "features" if rows < 256 else "packed"
+    if rows <= 4:
+        return "rows"
     is_wide = weight.shape[0] > WIDE * weight.shape[1]
-    return "packed" if rows >= MANY_ROWS or (rows >= SOME_ROWS and is_wide) else "features"
+    return "packed" if rows >= 32 or (rows >= 16 and is_wide) else "features"
+
+
+def working_type(weight: Tensor) -> torch.dtype:
+    """The type to decode in: that of the weights, but fp32 for bf16 on an x86 CPU without units for it, where it is slower."""
+    is_slow = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and cpu_has("avx2")
+    return torch.float32 if is_slow and not (cpu_has("avx512_bf16") or cpu_has("amx_bf16")) else weight.dtype
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether the CPU has a set of instructions, by its name in `torch.cpu.get_capabilities`."""
+    return bool(torch.cpu.get_capabilities().get(feature))
 
 
 class DecoderBlock:
-    """A block's weights, laid out for R rows."""
+    """A block's weights, in the type to work in and laid out for R rows."""
 
-    def __init__(self, block: Block, rows: int):
-        ffn = block.feed_forward
+    def __init__(self, block: Block, rows: int, dtype: torch.dtype):
+        attention, ffn = block.attention, block.feed_forward
         self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
-        self.wqkv, self.wo = Matrix(block.attention.wqkv.weight, rows), Matrix(block.attention.wo.weight, rows)
-        self.w13, self.w2 = Matrix(torch.cat([ffn.w1.weight, ffn.w3.weight]), rows), Matrix(ffn.w2.weight, rows)
+        weights = (attention.wqkv.weight, attention.wo.weight, torch.cat([ffn.w1.weight, ffn.w3.weight]), ffn.w2.weight)
+        self.wqkv, self.wo, self.w13, self.w2 = (Matrix(weight, rows, dtype) for weight in weights)
 
 
 class KVCache:
     """Keys and values of one generation, [2, R, H, T, K] per layer, allocated once; slots beyond `length` are never read."""
 
-    def __init__(self, model: GPT, rows: int):
+    def __init__(self, model: GPT, rows: int, dtype: torch.dtype):
         config, weight = model.config, model.norm.weight
         shape = (2, rows, config.heads, config.positions, config.head_dim)
-        self.layers = [weight.new_empty(shape) for _ in range(config.layers)]
+        self.layers = [weight.new_empty(shape, dtype=dtype) for _ in range(config.layers)]
         self.length = 0
 
     def fill_for_timing(self, length: int) -> None:
@@ -95,10 +118,10 @@ class CachedDecoder:
     def __init__(self, model: GPT, classes_R: Tensor, order_RT: Tensor, target: bool | None):
         self.model, self.classes_R, self.order_RT, self.target = model, classes_R, order_RT, target
         config, rows = model.config, len(classes_R)
-        self.steps = order_RT.shape[1]
-        self.blocks = [DecoderBlock(block, rows) for block in model.layers if isinstance(block, Block)]
-        self.output = Matrix(model.output.weight, rows)
-        self.cache = KVCache(model, rows)
+        self.steps, self.dtype = order_RT.shape[1], working_type(model.norm.weight)
+        self.blocks = [DecoderBlock(block, rows, self.dtype) for block in model.layers if isinstance(block, Block)]
+        self.output = Matrix(model.output.weight, rows, self.dtype)
+        self.cache = KVCache(model, rows, self.dtype)
         table = rope_table(config.grid, config.head_dim, config.rope_base, model.rope_dtype, order_RT.device)
         self.rotations = torch.view_as_complex(table)
 
@@ -111,6 +134,7 @@ class CachedDecoder:
         ta_RTD = model.target_rows(self.order_RT[:, t : t + 1], self.target)
         if ta_RTD is not None:
             x_RD = x_RD + ta_RTD[:, 0]
+        x_RD = x_RD.to(self.dtype)
         if self.blocks[0].w2.way == "features":
             x_RD = x_RD.t().contiguous().t()
         rotation_R31K = self._rotation(t)

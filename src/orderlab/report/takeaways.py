@@ -49,7 +49,13 @@ def takeaways(data: ReportData) -> list[Takeaway]:
         _better(numbers, metric, "RAR beats raster at equal budget (its Section 5)", "5-fair/rar-300", "5-fair/raster-300"),
         _better(nlls, "validation NLL", "RAR beats raster at equal budget, by likelihood", "5-fair/rar-300", "5-fair/raster-300"),
         *_learned_orders(numbers, metric),
-        _better(nlls, "validation NLL", f"{TRAINED_BODY}, by likelihood", "ours-orderhead/on-rar150-joint", "ours-orderhead/rar150-longer-random"),
+        _better(
+            nlls,
+            "validation NLL",
+            f"{TRAINED_BODY}, by likelihood",
+            "ours-orderhead/on-rar150-joint",
+            "ours-orderhead/rar150-longer-random",
+        ),
         *_bidirectional(numbers, metric),
     ]
     return [takeaway for takeaway in found if takeaway is not None]
