@@ -24,7 +24,7 @@ def test_products_agree_in_every_layout(rows: int, dtype: torch.dtype, tolerance
     torch.testing.assert_close(x, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9])
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 9, 256])
 def test_a_narrow_weight_multiplies_wider_rows(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight, x, h = (torch.randn(*shape, generator=generator) for shape in ((264, 48), (rows, 48), (rows, 264)))

@@ -4,8 +4,9 @@ A key is cached already rotated by its own grid position, so an order known one 
 nothing in the cache depends on what comes later. It must equal the trunk's full forward; a test holds it to that.
 
 A step has few rows, so it is bound by reading the weights and, on a CPU, by the number of operations (each one large enough
-to be split over threads wakes them all). Hence: w1 and w3 in one product, residuals added inside a product, one complex
-multiply for RoPE on q, k and v, no copy of the cache, attention over the live slots only, logits of the last slot only.
+to be split over threads wakes them all). Hence: w1 and w3 in one product, residuals added inside one where its layout allows,
+one complex multiply for RoPE on q, k and v, no copy of the cache, attention over the live slots only, logits of the last slot
+only. Which layout is fastest depends on the processor; one without units for bf16 works in fp32 instead.
 `orderlab bench sample` measures the result against the machine's floor.
 """
 
@@ -37,7 +38,7 @@ class Matrix:
         self.weight, self.rows = weight if is_rounded else weight.to(dtype), rows
         self.way = "rounded" if is_rounded else way_for(self.weight, rows)
         if self.way == "packed":
-            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         if self.way == "turned":
