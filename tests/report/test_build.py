@@ -169,16 +169,23 @@ def test_an_almost_empty_report_claims_nothing(tmp_path: Path) -> None:
 def test_best_digits_marks_and_counts() -> None:
     rows = [
         Row("t/a", "a", "raster", metrics={"FD-x": Value(1.04, 0.03, 10, 20), "recall (x)": Value(0.5)}, nll=Value(2.0)),
-        Row("t/b", "b", "zigzag", metrics={"FD-x": Value(1.26, 0.3, 10, 20), "recall (x)": Value(0.7)}, nll=Value(2.1)),
+        Row(
+            "t/b",
+            "b",
+            "zigzag",
+            metrics={"FD-x": Value(1.26, 0.3, 10, 20), "recall (x)": Value(0.7), "NLL raster": Value(2.2)},
+            nll=Value(2.1),
+        ),
         Row("t/c", "c", "random", metrics={"FD-x": Value(math.nan)}, source={"FID-5K": 25.4}),
     ]
-    fd, recall, nll, source = quality_columns(Table("t", "T", "", rows), vocabulary=8)
+    fd, recall, raster, nll, source = quality_columns(Table("t", "T", "", rows), vocabulary=8)
     assert [cell.text for cell in fd.cells] == ["1.04", "1.26", ""]
     assert [cell.error for cell in fd.cells] == ["0.03", "0.30", ""]
     assert fd.detail == "N 10 · ref 20"
     assert [cell.is_best for cell in fd.cells] == [True, False, False]
     assert [cell.is_best for cell in recall.cells] == [False, True, False]
     assert [cell.is_marked for cell in nll.cells] == [False, True, False], "ln 8 = 2.079"
+    assert [cell.is_marked for cell in raster.cells] == [False, True, False], "the likelihoods beside a row's own too"
     assert [cell.text for cell in source.cells] == ["", "", "25.40"]
 
 

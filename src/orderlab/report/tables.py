@@ -104,11 +104,12 @@ def _names(rows: list[Row], get: Callable[[Row], dict]) -> list[str]:
 def quality_columns(table: Table, vocabulary: int | None) -> list[Column]:
     """Our metrics, our NLL, then the source's numbers; a column that no row fills is left out."""
     rows = table.rows
-    unmarked = [False] * len(rows)
-    names = _names(rows, lambda row: row.metrics)
-    columns = [_measured_column(name, [row.metrics.get(name) for row in rows], unmarked) for name in names]
-    marks = [is_above_uniform(row.nll, vocabulary) for row in rows]
-    columns.append(_measured_column("NLL", [row.nll for row in rows], marks, "nats/token"))
+
+    def column(name: str, values: list[Value | None], unit: str = "") -> Column:
+        return _measured_column(name, values, [name.startswith("NLL") and is_above_uniform(value, vocabulary) for value in values], unit)
+
+    columns = [column(name, [row.metrics.get(name) for row in rows]) for name in _names(rows, lambda row: row.metrics)]
+    columns.append(column("NLL", [row.nll for row in rows], "nats/token"))
     has_number = [name for name in _names(rows, lambda r: r.source) if any(math.isfinite(r.source.get(name, math.nan)) for r in rows)]
     columns += [_source_column(name, rows) for name in has_number]
     return [column for column in columns if any(cell.text for cell in column.cells)]
