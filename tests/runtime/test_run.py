@@ -1,6 +1,8 @@
 """Run folders, atomic writes and keys of randomness."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from orderlab.config import RunConfig
 from orderlab.errors import UserError
-from orderlab.runtime.files import read_json, write_atomically, write_json
+from orderlab.runtime.files import add_to_json, read_json, write_atomically, write_json
 from orderlab.runtime.keys import generator, image_seeds, key
 from orderlab.runtime.run import RunFolder, config_difference
 
@@ -44,6 +46,18 @@ def test_damaged_json_is_one_clear_line(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json")
     with pytest.raises(UserError, match="does not exist"):
         read_json(tmp_path / "b.json")
+
+
+def test_processes_that_add_to_one_file_keep_each_others_entries(tmp_path: Path) -> None:
+    """Two rows of one run may be scored at once."""
+    code = "import sys; from pathlib import Path; from orderlab.runtime.files import add_to_json\nfor i in range(20): add_to_json(Path(sys.argv[1]), {f'{sys.argv[2]}-{i}': i})"
+    file = tmp_path / "scores.json"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(file), name]) for name in "abcd"]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0, 0]
+    assert read_json(file) == {f"{name}-{i}": i for name in "abcd" for i in range(20)}
+    (tmp_path / "closed").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match="cannot write"):
+        add_to_json(tmp_path / "closed" / "scores.json", {})
 
 
 def test_config_difference_names_every_knob(tiny_run: RunConfig) -> None:

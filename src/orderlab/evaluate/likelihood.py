@@ -31,7 +31,7 @@ from orderlab.models.masked import MaskedModel
 from orderlab.models.ordered_gpt import OrderedGPT
 from orderlab.order.paths import parse_order_name, path
 from orderlab.order.perm import as_batch, highest, in_two_groups, to_grid, to_steps
-from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.files import add_to_json, read_json
 from orderlab.runtime.keys import generator, key
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling.semifast import draft
@@ -100,8 +100,7 @@ def run(run_dir: str | Path, orders: Sequence[str], *, checkpoint: str = "final"
         for name, result in keys.items():
             if result not in results:
                 measured = measure_any_order(model, validation) if name == ANY_ORDER else measure(model, validation, name, target=target)
-                results[result] = measured
-                write_json(file, results)
+                results = add_to_json(file, {result: measured})
     return {name: results[result] for name, result in keys.items()}
 
 

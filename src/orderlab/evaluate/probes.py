@@ -25,7 +25,7 @@ from orderlab.models.masked import MaskedModel
 from orderlab.models.ordered_gpt import OrderedGPT
 from orderlab.order.paths import path
 from orderlab.order.perm import put, rank, states_at, to_steps
-from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.files import add_to_json, read_json
 from orderlab.runtime.run import RunFolder
 
 IMAGES, EDITS, ATTENTION_IMAGES = 4, 32, 100
@@ -42,8 +42,7 @@ def run(run_dir: str | Path, order_name: str, *, checkpoint: str = "final", targ
         _, validation = token_sets(config.data, config.model.grid, folder.root.parent.parent / "tokens")
         classes_B, tokens_BP = validation.read(np.arange(min(ATTENTION_IMAGES, len(validation))))
         model = loaded.gpt if isinstance(loaded, OrderedGPT) else loaded
-        results[key] = probe(model, classes_B, tokens_BP, path(order_name, *config.model.grid), target)
-        write_json(file, results)
+        results = add_to_json(file, {key: probe(model, classes_B, tokens_BP, path(order_name, *config.model.grid), target)})
     return results[key]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from orderlab.errors import UserError
 from orderlab.evaluate.weights import SHA256_PREFIX, cache_folder
-from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.files import add_to_json, read_json
 from orderlab.runtime.run import code_version
 
 INCEPTION = "inception-2015-12-05"
@@ -129,6 +129,4 @@ def verified_references() -> frozenset[str]:
 
 def remember_reference(reference_hash: str, evidence: dict[str, Any]) -> None:
     """Keep a reference's hash with the numbers that prove it."""
-    file = cache_folder() / "verified-references.json"
-    known = read_json(file) if file.exists() else {}
-    write_json(file, {**known, reference_hash: evidence})
+    add_to_json(cache_folder() / "verified-references.json", {reference_hash: evidence})

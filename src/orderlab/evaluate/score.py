@@ -25,7 +25,7 @@ from orderlab.evaluate.measure import image_order
 from orderlab.evaluate.metrics import frechet_distance_from_features, frechet_standard_error, inception_score, moments
 from orderlab.evaluate.neighbours import precision_recall
 from orderlab.evaluate.record import Origin, Record
-from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.files import add_to_json, read_json
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling.sample import SampleSet
 
@@ -61,13 +61,13 @@ def run(run_dir: str | Path, *, samples: list[str] | None = None) -> dict[str, A
     if missing:
         config = folder.config()
         references = _references(config.data, config.model.grid, folder.root.parent.parent / "tokens")
-        scores.setdefault("tokenizer", [record.as_dict() for record in score_reconstruction(references)])
+        if "tokenizer" not in scores:
+            scores = add_to_json(folder.scores, {"tokenizer": [record.as_dict() for record in score_reconstruction(references)]})
         for name in missing:
             sample_set = SampleSet(folder.samples / name)
             images = decode(tokenizer(config.data.tokenizer), sample_set.tokens_NP)
             records = score_images(images, sample_set.classes_N, references, _origin(sample_set))
-            scores[name] = {**sample_set.meta, "records": [record.as_dict() for record in records]}
-            write_json(folder.scores, scores)
+            scores = add_to_json(folder.scores, {name: {**sample_set.meta, "records": [record.as_dict() for record in records]}})
     return {name: scores[name] for name in names}
 
 

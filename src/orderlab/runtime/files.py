@@ -46,6 +46,19 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} is not valid JSON ({error}); delete it to make it again") from None
 
 
+def add_to_json(file: Path, entries: dict[str, Any]) -> dict[str, Any]:
+    """Add entries to a JSON object and return all of it; processes that add to one file at once keep each other's entries."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file.with_name(f".{file.name}.lock"), "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            whole = (read_json(file) if file.exists() else {}) | entries
+            write_json(file, whole)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}; check the folder's rights and the disk") from None
+    return whole
+
+
 @contextmanager
 def locked(folder: Path, elsewhere: str) -> Iterator[None]:
     """Hold a folder against other processes; the lock dies with the process. `elsewhere` names the flag that picks another folder."""
