@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from orderlab.models.gpt import GPT
 from orderlab.models.transformer import Block, RMSNorm, rope_table
 
+FEW_ROWS = 4  # up to which a product is bound by reading the weight
 WIDE = 4  # a weight with more than so many outputs an input
 
 
@@ -34,7 +35,7 @@ class Matrix:
     """
 
     def __init__(self, weight: Tensor, rows: int, dtype: torch.dtype):
-        is_rounded = weight.dtype != dtype and rows <= 4  # bound by reading the weight
+        is_rounded = weight.dtype != dtype and rows <= FEW_ROWS
         self.weight, self.rows = weight if is_rounded else weight.to(dtype), rows
         self.way = "rounded" if is_rounded else way_for(self.weight, rows)
         if self.way == "packed":
@@ -67,10 +68,10 @@ def way_for(weight: Tensor, rows: int) -> str:
     if weight.is_cuda:
         return "rows"
     if weight.device.type != "cpu" or not is_single or not torch.backends.mkl.is_available():
-        return "rows" if is_single and rows <= 4 else "features"
+        return "rows" if is_single and rows <= FEW_ROWS else "features"
     if not cpu_has("avx512_f"):
         return "turned" if rows <= 8 else "features" if rows < 256 else "packed"
-    if rows <= 4:
+    if rows <= FEW_ROWS:
         return "rows"
     is_wide = weight.shape[0] > WIDE * weight.shape[1]
     return "packed" if rows >= 32 or (rows >= 16 and is_wide) else "features"

@@ -48,22 +48,16 @@ def takeaways(data: ReportData) -> list[Takeaway]:
         ),
         _better(numbers, metric, "RAR beats raster at equal budget (its Section 5)", "5-fair/rar-300", "5-fair/raster-300"),
         _better(nlls, "validation NLL", "RAR beats raster at equal budget, by likelihood", "5-fair/rar-300", "5-fair/raster-300"),
-        *_learned_orders(numbers, metric),
-        _better(
-            nlls,
-            "validation NLL",
-            f"{TRAINED_BODY}, by likelihood",
-            "ours-orderhead/on-rar150-joint",
-            "ours-orderhead/rar150-longer-random",
-        ),
+        *_learned_orders(numbers, metric, nlls),
         *_bidirectional(numbers, metric),
     ]
     return [takeaway for takeaway in found if takeaway is not None]
 
 
-def _learned_orders(numbers: dict[str, Value], metric: str) -> list[Takeaway | None]:
+def _learned_orders(numbers: dict[str, Value], metric: str, nlls: dict[str, Value]) -> list[Takeaway | None]:
     """What an OrderHead is worth: against raster, and against controls that choose among as many images without one."""
     best, frozen = "6-orderhead/exp3-ste-finetune", "ours-orderhead/on-rar150-frozen"
+    longer = "ours-orderhead/rar150-longer-random"
     on_raster = "An OrderHead on a raster-trained GPT does not reach raster (its Section 6)"
     return [
         *(_better(numbers, metric, on_raster, raster, best) for raster in ("ours-orderhead/raster-best-of-8", "5-fair/raster-300")),
@@ -71,7 +65,8 @@ def _learned_orders(numbers: dict[str, Value], metric: str) -> list[Takeaway | N
         _better(numbers, metric, "An order-agnostic body is its better home (its Section 7)", frozen, best),
         _better(numbers, metric, "Ours: there it does better than eight random orders", frozen, "ours-orderhead/rar150-random-best-of-8"),
         _better(numbers, metric, "Ours: there it does better than eight rasters", frozen, "ours-orderhead/rar150-raster-best-of-8"),
-        _better(numbers, metric, TRAINED_BODY, "ours-orderhead/on-rar150-joint-fast", "ours-orderhead/rar150-longer-random"),
+        _better(numbers, metric, TRAINED_BODY, "ours-orderhead/on-rar150-joint-fast", longer),
+        _better(nlls, "validation NLL", f"{TRAINED_BODY}, by likelihood", "ours-orderhead/on-rar150-joint", longer),
     ]
 
 
