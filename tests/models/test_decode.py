@@ -5,7 +5,7 @@ import torch
 
 from orderlab.config import GPTConfig
 from orderlab.models import decode
-from orderlab.models.decode import CachedDecoder, Matrix, attend_one, way_for, working_type
+from orderlab.models.decode import CachedDecoder, Matrix, attend_one, gathers, way_for, working_type
 from orderlab.order.perm import random_orders
 from orderlab.sampling.generate import FullForwardDecoder
 from tests.models.test_gpt import noisy
@@ -42,10 +42,10 @@ def test_a_narrow_weight_multiplies_wider_rows(rows: int) -> None:
 def test_layout_depends_on_the_processor_the_type_and_the_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, wide = torch.zeros(4, 4), torch.zeros(20, 4)
     monkeypatch.setattr(decode, "cpu_has", {"avx2", "avx512_f"}.__contains__)
-    assert [way_for(weight, rows) for rows in (1, 4, 5, 31, 32)] == ["rows", "rows", "features", "features", "packed"]
-    assert [way_for(wide, rows) for rows in (4, 15, 16, 32)] == ["rows", "features", "packed", "packed"]
+    assert [way_for(weight, rows) for rows in (1, 4, 5, 31, 32)] == ["rows", "rows", "features", "features", "mkl"]
+    assert [way_for(wide, rows) for rows in (4, 15, 16, 32)] == ["rows", "features", "mkl", "mkl"]
     monkeypatch.setattr(decode, "cpu_has", {"avx2"}.__contains__)
-    assert [way_for(weight, rows) for rows in (1, 8, 9, 255, 256)] == ["turned", "turned", "features", "features", "packed"]
+    assert [way_for(weight, rows) for rows in (1, 4, 5, 255, 256)] == ["turned", "turned", "onednn", "onednn", "mkl"]
     assert {way_for(weight.bfloat16(), rows) for rows in (1, 4, 64)} == {"features"}
 
 
@@ -67,15 +67,28 @@ def test_bf16_is_decoded_in_fp32_where_the_processor_has_no_units_for_it(
     assert working_type(torch.zeros(1, dtype=stored)) is expected
 
 
+def test_values_are_gathered_where_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(decode, "cpu_has", {"avx2"}.__contains__)
+    has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    assert [gathers(cpu, rows, torch.float32) for rows in (1, 4, 5, 500)] == [False, False, has_fbgemm, has_fbgemm]
+    assert not gathers(cpu, 16, torch.float64)
+    assert not gathers(torch.device("cuda"), 16, torch.float32)
+    monkeypatch.setattr(decode, "cpu_has", {"avx2", "avx512_f"}.__contains__)
+    assert not gathers(cpu, 16, torch.float32)
+
+
+@pytest.mark.parametrize("is_bagged", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_query_attends_like_the_formula(dtype: torch.dtype) -> None:
+def test_one_query_attends_like_the_formula(dtype: torch.dtype, is_bagged: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(3, 2, 8, generator=generator).to(dtype)
     cache = torch.randn(2, 3, 2, 9, 8, generator=generator).to(dtype)
     keys, values = cache[:, :, :, :5]
     weights = torch.einsum("rhk,rhtk->rht", q, keys).softmax(-1)
     expected = torch.einsum("rht,rhtk->rhk", weights, values).reshape(3, 16)
-    torch.testing.assert_close(attend_one(q, keys, values), expected)
+    bags = torch.arange(3 * 2 * 9).view(6, 9)[:, :5] if is_bagged else None
+    torch.testing.assert_close(attend_one(q, cache, 5, bags), expected)
 
 
 @pytest.mark.parametrize("rows", [3, 12, 40])

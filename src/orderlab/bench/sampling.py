@@ -45,7 +45,7 @@ def run(
     precisions: list[str],
     *,
     slot: int = 128,
-    repeats: int = 9,
+    repeats: int = 25,
     has_full_forward: bool = True,
     out: Path | None = None,
     quiet: bool = False,

@@ -44,7 +44,7 @@ def bench_sample(
     batches: str = "1,8,32",
     precisions: str = "fp32,bf16",
     slot: int = 128,
-    repeats: int = 9,
+    repeats: int = 25,
     full_forward: bool = True,
     out: Path = Path("bench/sample.json"),
     json: bool = False,
