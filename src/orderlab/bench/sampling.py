@@ -36,6 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GUIDANCE = 2.0
 GIB = 2**30
 FULL_FORWARD_SLOTS = (1, 64, 128, 192, 256)
+FEWEST, PATIENCE_SECONDS = 9, 60.0  # repeats that are timed in any case, and the time after which there are no more
 UNMASKING_STEPS = (8, 64, 256)
 
 
@@ -156,7 +157,8 @@ def _measure(model: GPT, floor: LinearFloor, batch: int, slot: int, repeats: int
     raster, random = (TimedStep(model, batch, slot, name) for name in ("raster", "random"))
     products: dict[tuple[str, int], list[float]] = {}
     seconds: list[float] = []
-    for _ in range(repeats + 1):
+    start = time.perf_counter()
+    while len(seconds) <= repeats and (len(seconds) <= FEWEST or time.perf_counter() - start < PATIENCE_SECONDS):
         floor.one_pass(2 * batch, products)
         raster()  # in a generation the step before was a step, not a pass of bare products
         seconds.append(_seconds(raster))

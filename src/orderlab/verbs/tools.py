@@ -56,7 +56,7 @@ def bench_sample(
         batches: images at a time, with commas between
         precisions: fp32, bf16 or both
         slot: the step that is timed
-        repeats: timed steps; medians are printed
+        repeats: timed steps, fewer where they take minutes; medians are printed
         full_forward: time the samplers without a cache too: full forward, and a masked model in 8, 64 and 256 steps
         out: JSON file to write
         json: print the JSON in place of the table
