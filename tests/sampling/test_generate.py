@@ -7,6 +7,7 @@ import torch
 
 from orderlab.config import GPTConfig
 from orderlab.errors import UserError
+from orderlab.models import backbone
 from orderlab.models.decode import CachedDecoder
 from orderlab.models.formats import load_gpt
 from orderlab.models.gpt import GPT
@@ -83,6 +84,16 @@ def test_cached_logits_equal_full_forward_logits(fixture_model: GPT, dtype: torc
         for t in range(16):
             previous = None if t == 0 else tokens[:, t - 1]
             torch.testing.assert_close(cached.step(previous), full.step(previous), atol=tolerance, rtol=0)
+
+
+def test_a_full_forward_in_parts_changes_nothing(target_model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = random_orders(8, 16, torch.Generator().manual_seed(4))
+    whole = generate(target_model, CLASSES, orders, seeds=SEEDS, guidance=2.0, sampler="full-forward", target=True)
+    rows, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, *a, **k: rows.append(len(a[0])) or hidden(self, *a, **k))
+    monkeypatch.setattr(backbone, "PART_BYTES", 1)
+    assert torch.equal(generate(target_model, CLASSES, orders, seeds=SEEDS, guidance=2.0, sampler="full-forward", target=True), whole)
+    assert rows == [1] * 16 * 16
 
 
 @pytest.mark.parametrize("order_name", ORDER_NAMES)

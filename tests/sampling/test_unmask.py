@@ -9,6 +9,7 @@ from torch import Tensor
 
 from orderlab.config import GPTConfig, SampleConfig
 from orderlab.errors import UserError
+from orderlab.models import backbone
 from orderlab.models.gpt import GPT
 from orderlab.models.masked import MaskedModel
 from orderlab.order.paths import path
@@ -80,6 +81,16 @@ def slow(model: MaskedModel, klass: int, order: Tensor | str, seed: int, counts:
             hidden.remove(p)
         done += count
     return tokens
+
+
+def test_a_pass_in_parts_changes_nothing(model: MaskedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [unmask(model, CLASSES, "confidence", seeds=SEEDS, steps=5, guidance=guidance) for guidance in (1.0, 2.0)]
+    rows, hidden = [], MaskedModel.hidden
+    monkeypatch.setattr(MaskedModel, "hidden", lambda self, *a: rows.append(len(a[0])) or hidden(self, *a))
+    monkeypatch.setattr(backbone, "PART_BYTES", 3 * 16 * model.config.ffn_dim * 8)  # three rows in float64
+    parts = [unmask(model, CLASSES, "confidence", seeds=SEEDS, steps=5, guidance=guidance) for guidance in (1.0, 2.0)]
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts))
+    assert rows == [3, 3, 2] * 5 + [3, 3, 3, 3, 3, 1] * 5
 
 
 @torch.no_grad()

@@ -25,12 +25,13 @@ from orderlab.models.decode import CachedDecoder
 from orderlab.models.gpt import GPT, PRESETS
 from orderlab.models.masked import MaskedModel
 from orderlab.order.paths import path
-from orderlab.order.perm import random_orders, states_at
+from orderlab.order.perm import random_orders
 from orderlab.runtime.files import write_json
 from orderlab.runtime.keys import generator
 from orderlab.runtime.run import device_name
 from orderlab.sampling.draw import draw_tokens, guide
 from orderlab.sampling.generate import FullForwardDecoder
+from orderlab.sampling.unmask import logits_at
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GUIDANCE = 2.0
@@ -222,18 +223,16 @@ class TimedUnmasking:
     def __init__(self, model: MaskedModel, batch: int, revealed: int):
         self.model = model
         config, keyed = model.config, generator("bench", "unmask")
-        classes = torch.arange(batch) % config.classes
-        self.classes = torch.cat([classes, torch.full_like(classes, model.null_class)])
-        self.tokens = (torch.arange(config.positions) % config.vocabulary).expand(2 * batch, -1)
-        order = random_orders(batch, config.positions, keyed).repeat(2, 1)
+        self.classes = torch.arange(batch) % config.classes
+        self.tokens = (torch.arange(config.positions) % config.vocabulary).expand(batch, -1)
+        order = random_orders(batch, config.positions, keyed)
         self.is_masked, self.positions = order < config.positions // 2, order[:, :revealed]
         self.uniforms = torch.rand(batch * revealed, dtype=torch.float64, generator=keyed)
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        hidden = self.model.hidden(self.classes, self.tokens, self.is_masked)
-        conditional, unconditional = self.model.head(states_at(hidden, self.positions)).chunk(2)
-        draw_tokens(guide(conditional, unconditional, GUIDANCE).flatten(0, 1), self.uniforms)
+        logits = logits_at(self.model, self.classes, self.tokens, self.is_masked, self.positions, GUIDANCE)
+        draw_tokens(logits, self.uniforms)
 
 
 def _against_unmasking(model: GPT, batch: int, cached: float) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from orderlab.config import GPTConfig
 from orderlab.errors import UserError
 from orderlab.models.transformer import Block, RMSNorm, rope_table
 
+PART_BYTES = 2**23  # of the widest intermediate of a pass on the CPU
+
 
 class ClassEmbedding(nn.Module):
     """One row per class and one, the last, for the null class of guidance."""
@@ -70,6 +72,16 @@ class Backbone(nn.Module):
         """Logits over the codebook of final-norm states [..., D]: [..., V], in fp32 (or wider)."""
         logits = self.output(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def in_parts(self, slots: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The rows of a pass over so many slots: on the CPU a few at a time, elsewhere all at once.
+
+        An intermediate of tens of MiB comes from the system anew at every use, and its page faults take up to a third of the pass.
+        """
+        rows, weight = len(tensors[0]), self.norm.weight
+        row_bytes = slots * self.config.ffn_dim * weight.element_size()
+        part = max(1, PART_BYTES // row_bytes) if weight.device.type == "cpu" else rows
+        return zip(*(tensor.split(part) for tensor in tensors))
 
     def rope_table(self, device: torch.device) -> Tensor:
         """RoPE rows of the class slot and of every grid position: [1 + P, K/2, 2]."""

@@ -47,8 +47,8 @@ class FullForwardDecoder:
             self.tokens_RT = torch.cat([self.tokens_RT, tokens_R[:, None]], dim=1)
         slots = self.tokens_RT.shape[1] + 1
         padded_RT = torch.cat([self.tokens_RT, torch.zeros_like(self.classes_R)[:, None]], dim=1)  # the last is never an input
-        hidden_RTD = self.model.hidden(self.classes_R, padded_RT, self.order_RT[:, :slots], target=self.target)
-        return self.model.head(hidden_RTD[:, -1])
+        parts = self.model.in_parts(slots, self.classes_R, padded_RT, self.order_RT[:, :slots])
+        return self.model.head(torch.cat([self.model.hidden(*part, target=self.target)[:, -1] for part in parts]))
 
 
 DECODERS: dict[str, Callable[..., Decoder]] = {

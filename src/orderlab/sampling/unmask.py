@@ -104,7 +104,7 @@ def unmask(
     with model.evaluating():
         for step, count in enumerate(counts):
             positions_BN, uniforms_BN = choose.candidates(step, is_masked_BP)
-            logits_XV = _logits(
+            logits_XV = logits_at(
                 model, classes_B.to(device), tokens_BP, is_masked_BP, positions_BN, None if scales is None else scales[done]
             )
             drawn_X = draw_tokens(logits_XV, None if greedy else uniforms_BN.flatten(), temperature, top_k, top_p)
@@ -115,15 +115,17 @@ def unmask(
     return tokens_BP.to(classes_B.device)
 
 
-def _logits(
+def logits_at(
     model: MaskedModel, classes_B: Tensor, tokens_BP: Tensor, is_masked_BP: Tensor, positions_BN: Tensor, scale: float | None
 ) -> Tensor:
     """Guided logits at some positions of each image, in one forward pass: [B · N, V]."""
+    classes_R = classes_B if scale is None else torch.cat([classes_B, torch.full_like(classes_B, model.null_class)])
+    per_row = [tensor.repeat(1 if scale is None else 2, 1) for tensor in (tokens_BP, is_masked_BP, positions_BN)]
+    parts = model.in_parts(model.config.positions, classes_R, *per_row)
+    logits_RNV = model.head(torch.cat([states_at(model.hidden(*inputs), at_RN) for *inputs, at_RN in parts]))
     if scale is None:
-        return model.head(states_at(model.hidden(classes_B, tokens_BP, is_masked_BP), positions_BN)).flatten(0, 1)
-    classes_R = torch.cat([classes_B, torch.full_like(classes_B, model.null_class)])
-    hidden_RPD = model.hidden(classes_R, tokens_BP.repeat(2, 1), is_masked_BP.repeat(2, 1))
-    conditional_BNV, unconditional_BNV = model.head(states_at(hidden_RPD, positions_BN.repeat(2, 1))).chunk(2)
+        return logits_RNV.flatten(0, 1)
+    conditional_BNV, unconditional_BNV = logits_RNV.chunk(2)
     return guide(conditional_BNV, unconditional_BNV, scale).flatten(0, 1)
 
 
