@@ -51,6 +51,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "coverage": tools.coverage,
     "bench sample": tools.bench_sample,
     "bench train": tools.bench_train,
+    "bench gpu": tools.bench_gpu,
     "bench metrics": quality.bench_metrics,
     "tokenizer train": tools.tokenizer_train,
     "tokenizer evaluate": tools.tokenizer_evaluate,

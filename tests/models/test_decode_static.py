@@ -81,7 +81,7 @@ def block_arguments(gpt: GPT, live: int) -> tuple[object, ...]:
     decoder.begin(gpt, torch.tensor([0, 1]), path("raster", 4, 4).expand(2, -1))
     x_RD = torch.randn(2, CONFIG.dim, generator=torch.Generator().manual_seed(0))
     rope_R1K2 = decoder.rope_SK2[torch.tensor([3, 3])][:, None]
-    return gpt.layers[0], decoder.w13[0], x_RD, x_RD, decoder.keys[0], decoder.values[0], rope_R1K2, torch.tensor([2]), live
+    return gpt.layers[0], decoder.w13[0], (x_RD, x_RD, x_RD), decoder.keys[0], decoder.values[0], rope_R1K2, torch.tensor([2]), live
 
 
 @torch.inference_mode()

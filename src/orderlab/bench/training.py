@@ -26,11 +26,13 @@ from orderlab.errors import UserError
 from orderlab.models.gpt import PRESETS
 from orderlab.order.masks import draw_masks
 from orderlab.order.policy import draw_orders
-from orderlab.runtime.dist import autocast
+from orderlab.runtime.dist import World, autocast
 from orderlab.runtime.files import write_json
 from orderlab.runtime.keys import generator
 from orderlab.runtime.run import device_name
-from orderlab.training.optim import adamw
+from orderlab.training.ahead import Batches
+from orderlab.training.optim import adamw, moving_average
+from orderlab.training.parallel import Loss, prepare
 from orderlab.training.tasks import objective_for
 
 KINDS = {
@@ -54,7 +56,9 @@ def run(
     if min(batch, orders, repeats) < 1:
         raise UserError(f"batch {batch}, orders {orders}, repeats {repeats}: expected 1 or more of each")
     with tempfile.TemporaryDirectory() as folder:
-        steps = {kind: Step(_config(recipe, model_name, batch, precision, Path(folder)), Path(folder)) for kind, recipe in KINDS.items()}
+        steps = {
+            kind: Step(training_config(recipe, model_name, batch, precision, Path(folder)), Path(folder)) for kind, recipe in KINDS.items()
+        }
         for step in steps.values():
             step()
         rounds = [_round(steps, first) for first in range(repeats)]
@@ -77,16 +81,17 @@ def run(
     return result
 
 
-def _config(recipe: str, model_name: str, batch: int, precision: str, folder: Path) -> RunConfig:
-    """The recipe at a scale, or in the size of a preset, from fresh weights on made-up tokens."""
+def training_config(recipe: str, model_name: str, batch: int, precision: str, folder: Path | None, compile_mode: str = "off") -> RunConfig:
+    """The recipe at a scale, or in the size of a preset, from fresh weights on made-up tokens (written to `folder` where there is one)."""
     is_scale = model_name in SCALES
-    config = resolve(recipe, model_name if is_scale else "paper-1k", batch=batch, precision=precision, micro_batch=None, compile="off")
+    config = resolve(recipe, model_name if is_scale else "paper", batch=batch, precision=precision, micro_batch=None, compile=compile_mode)
     sizes = {} if is_scale else PRESETS[model_name].model_dump(include={"layers", "heads", "dim"})
     model = config.model.edited(**sizes)
-    _write_tokens(folder, model)
+    if folder is not None:
+        _write_tokens(folder, model)
     task = config.task
     if isinstance(task, OrderHeadTask):
-        task = task.edited(baseline=None, head=task.head.edited(state_dim=model.dim).model_dump())
+        task = task.edited(baseline=None, oracle=None, head=task.head.edited(state_dim=model.dim).model_dump())
     data = DataConfig(source="imagenet", folder=str(folder))
     return config.edited(start=None, model=model.model_dump(), task=task.model_dump(), data=data.model_dump())
 
@@ -117,20 +122,23 @@ class Step:
         self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.objective = objective_for(config, cache, self.device)
-        self.objective.model.train()
+        self.ema = moving_average(self.objective.model, config)
+        self.loss = prepare(Loss(self.objective.model, self.objective.loss), self.ema, config, World(0, 1, self.device))
+        self.loss.train()
         self.optimizer = adamw(self.objective.model, config.optim, self.objective.rate_scales)
+        self.batches = Batches(self.objective.batch, slice(0, config.batch), self.device, 0, 1)
 
     def __call__(self) -> None:
-        batch = self.objective.batch(0).to(self.device)
+        batch = self.batches.at(0)
         with autocast(self.config.precision, self.device):
-            loss = self.objective.loss(self.objective.model, batch)
+            loss = self.loss(batch)
         loss.backward()
         self.objective.clip()
         self.objective.step_values()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.ema is not None:
+            self.ema.update_parameters(self.objective.model)
 
 
 def _round(steps: dict[str, Step], first: int) -> dict[str, float]:
@@ -171,6 +179,8 @@ def _figures(rounds: list[dict[str, float]], drawing: dict[str, float], share: f
 def _seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -6,8 +6,8 @@ same size. On a GPU each block is compiled once; elsewhere it runs as it is. Bot
 give the same logits; a test holds them to that.
 
 Keys and values are tensors of their own, written in place: as two views of one tensor the compiler copied the whole cache at
-every step. Attention is written as plain products, which the compiler turns into one pass over the keys and one over the values;
-the library's attention kernels are slow for one query under a mask.
+every step. Attention is FlexAttention's decoding kernel for many rows on a GPU, and elsewhere plain products, which the compiler
+turns into a pass over the keys and one over the values; SDPA's kernels are slow for one query under a mask.
 """
 
 # R rows (images, twice that under guidance) · T generation step (slot) · L live slots · D width · H heads · K head dim · V codebook
@@ -37,7 +37,7 @@ class StaticDecoder:
         self.classes_R = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.order_RT = self.classes_R.new_zeros(rows, config.positions)
         self.rope_SK2 = model.rope_table(weight.device)
-        self.block: Callable[..., tuple[Tensor, Tensor]] = torch.compile(block_step, dynamic=False) if weight.is_cuda else block_step
+        self.block: Callable[..., Parts] = torch.compile(block_step, dynamic=False) if weight.is_cuda else block_step
 
     def begin(self, model: GPT, classes_R: Tensor, order_RT: Tensor) -> None:
         """Start a generation: its classes, its order and today's weights are copied to where the last ones were."""
@@ -57,10 +57,10 @@ class StaticDecoder:
             x_RD = x_RD + ta_RTD[:, 0]
         before_R = self.order_RT.index_select(1, (slot - 1).clamp(min=0))[:, 0]
         rope_R1K2 = self.rope_SK2[torch.where(is_first, 0, before_R + 1)][:, None]
-        delta_RD = torch.zeros_like(x_RD)
+        parts = x_RD, torch.zeros_like(x_RD), torch.zeros_like(x_RD)
         for block, w13, keys_RHTK, values_RHTK in zip(blocks_of(model), self.w13, self.keys, self.values):
-            x_RD, delta_RD = self.block(block, w13, x_RD, delta_RD, keys_RHTK, values_RHTK, rope_R1K2, slot, live)
-        logits_RV = model.output(model.norm(x_RD + delta_RD))
+            parts = self.block(block, w13, parts, keys_RHTK, values_RHTK, rope_R1K2, slot, live)
+        logits_RV = model.output(model.norm(sum(parts[1:], parts[0])))
         return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
 
 
@@ -68,26 +68,50 @@ def blocks_of(model: GPT) -> list[Block]:
     return [block for block in model.layers if isinstance(block, Block)]
 
 
+Parts = tuple[Tensor, Tensor, Tensor]
+"""The residual stream before a block, what its attention adds, and what its feed-forward adds: three [R, D] whose sum goes on.
+
+Handed on unsummed, the sums become a part of the norms' passes; summed at once, the compiler copies x to add a product to it.
+"""
+
+
 def block_step(
     block: Block,
     w13: Tensor,
-    x_RD: Tensor,
-    delta_RD: Tensor,
+    parts: Parts,
     keys_RHTK: Tensor,
     values_RHTK: Tensor,
     rope_R1K2: Tensor,
     slot: Tensor,
     live: int,
-) -> tuple[Tensor, Tensor]:
-    """One slot through a block. The last sum is handed on undone, (x, delta) for x + delta: the next norm takes it into its pass."""
-    x_RD = x_RD + delta_RD
+) -> Parts:
+    """One slot through a block: its key and value are written to `slot`, its query attends over the first `live` slots."""
+    x_RD = parts[0] + parts[1] + parts[2]
     qkv_R3HK = block.attention.wqkv(block.attention_norm(x_RD)).unflatten(-1, (3, block.attention.heads, -1))
     q_RHK, k_RHK = (rotate(qkv_R3HK[:, part][:, None], rope_R1K2)[:, 0] for part in (0, 1))
     keys_RHTK.index_copy_(2, slot, k_RHK[:, :, None])
     values_RHTK.index_copy_(2, slot, qkv_R3HK[:, 2][:, :, None])
-    x_RD = x_RD + block.attention.wo(attend_masked(q_RHK, keys_RHTK[:, :, :live], values_RHTK[:, :, :live], slot).flatten(1))
-    gate_RD, up_RD = F.linear(block.ffn_norm(x_RD), w13).chunk(2, dim=-1)
-    return x_RD, block.feed_forward.w2(F.silu(gate_RD) * up_RD)
+    attend = attend_flex if uses_flex(x_RD) else attend_masked
+    attended_RD = block.attention.wo(attend(q_RHK, keys_RHTK[:, :, :live], values_RHTK[:, :, :live], slot).flatten(1))
+    gate_RD, up_RD = F.linear(block.ffn_norm(x_RD + attended_RD), w13).chunk(2, dim=-1)
+    return x_RD, attended_RD, block.feed_forward.w2(F.silu(gate_RD) * up_RD)
+
+
+FLEX_ROWS = 16  # from which FlexAttention's decoding kernel is faster than plain products, measured on an H200
+
+
+def uses_flex(x_RD: Tensor) -> bool:
+    return x_RD.is_cuda and x_RD.dtype != torch.float64 and len(x_RD) >= FLEX_ROWS
+
+
+def attend_flex(q_RHK: Tensor, keys_RHLK: Tensor, values_RHLK: Tensor, slot: Tensor) -> Tensor:
+    """`attend_masked` by FlexAttention's decoding kernel: one pass over keys and values, compiled with its caller."""
+    from torch.nn.attention.flex_attention import flex_attention  # slow to import
+
+    def up_to_slot(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return torch.where(key <= slot[0], score, -torch.inf)
+
+    return flex_attention(q_RHK[:, :, None], keys_RHLK, values_RHLK, score_mod=up_to_slot)[:, :, 0]  # pyrefly: ignore
 
 
 def attend_masked(q_RHK: Tensor, keys_RHLK: Tensor, values_RHLK: Tensor, slot: Tensor) -> Tensor:

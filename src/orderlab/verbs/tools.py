@@ -96,6 +96,32 @@ def bench_train(
         print_json(result)
 
 
+def bench_gpu(
+    model: str = "GPT-B",
+    sampling: str = "1,8,64,256",
+    training: str = "64,256",
+    minutes: float = 8.0,
+    out: Path = Path("bench/gpu.json"),
+    json: bool = False,
+) -> None:
+    """What one card does in sampling, training and evaluation, each beside its floor or the card's own peak.
+
+    Args:
+        model: GPT-B, GPT-L, GPT-XL, GPT-XXL, or a scale (smoke, toy ...)
+        sampling: images at a time in sampling, comma-separated
+        training: images a step in training: a small and a large batch
+        minutes: start no further measurement after so long; what is left out is named
+        out: JSON file to write
+        json: print the JSON in place of the lines
+    """
+    from orderlab.bench.gpu import run
+
+    sizes = [[int(size) for size in given.split(",")] for given in (sampling, training)]
+    result = run(model, sampling=sizes[0], training=sizes[1], minutes=minutes, out=out, say=(lambda line: None) if json else print)
+    if json:
+        print_json(result)
+
+
 def tokenizer_train(
     images: Path | None = None,
     out: Path = Path("vq-fashion.safetensors"),
