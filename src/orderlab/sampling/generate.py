@@ -21,7 +21,7 @@ from orderlab.models.decode import CachedDecoder
 from orderlab.models.decode_static import static_decoder
 from orderlab.models.gpt import GPT
 from orderlab.order.perm import as_batch, to_grid
-from orderlab.sampling.draw import check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
+from orderlab.sampling.draw import Watch, check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
 
 Revise = Callable[[int, Tensor, Tensor], Tensor | None]
 
@@ -126,7 +126,7 @@ def _decode(
 ) -> Tensor:
     """Step through one generation: tokens [B, T] in step space. `scales` is None without guidance, `uniforms_BT` None for argmax."""
     tokens_TB: list[Tensor] = []
-    tokens_R = None
+    tokens_R = watch = None
     for t in range(decoder.steps):
         if before is not None:
             before(t, tokens_TB)
@@ -134,9 +134,12 @@ def _decode(
         if scales is not None:
             conditional_BV, unconditional_BV = logits_BV.chunk(2)
             logits_BV = guide(conditional_BV, unconditional_BV, scales[t])
-        tokens_B = draw_tokens(logits_BV, None if uniforms_BT is None else uniforms_BT[:, t], temperature, top_k, top_p)
+        watch = watch or Watch(len(logits_BV), logits_BV.device)
+        tokens_B = draw_tokens(logits_BV, None if uniforms_BT is None else uniforms_BT[:, t], temperature, top_k, top_p, watch)
         tokens_TB.append(tokens_B)
         tokens_R = tokens_B if scales is None else tokens_B.repeat(2)
+    if watch is not None:
+        watch.check()
     return torch.stack(tokens_TB, dim=1)
 
 
