@@ -19,6 +19,7 @@ from orderlab.config import GPTConfig
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept must serve training too
 def rope_table(grid: tuple[int, int], head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(cos, sin) of the 2-D rotary embedding: [1 + P, head_dim / 2, 2]; row 0 belongs to the class token.
 

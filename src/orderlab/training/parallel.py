@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -67,7 +68,8 @@ def clip(model: nn.Module, limit: float) -> Tensor:
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """The global gradient norm, on the device; zero where nothing has a gradient."""
-    return whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return whole(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros((), device=next(model.parameters()).device)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
