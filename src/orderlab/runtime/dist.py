@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orderlab.errors import UserError
+from orderlab.errors import PeersLost, UserError
 
 LOST = re.compile(
     r"[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|[Tt]imed out|ncclRemoteError|communicator was aborted", re.ASCII
@@ -114,7 +114,7 @@ def world() -> Iterator[World]:
     except RuntimeError as error:
         if size == 1 or not (isinstance(error, dist.DistNetworkError) or LOST.search(str(error))):
             raise
-        raise UserError(
+        raise PeersLost(
             f"process {rank} of {size} lost the others ({str(error).splitlines()[0][:100]}): one was killed or failed, see its own line; "
             "the same command goes on from the last checkpoint"
         ) from None

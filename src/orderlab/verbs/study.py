@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from orderlab import catalog
-from orderlab.verbs.output import RUNS, print_cost, print_json, read_state
+from orderlab.verbs.output import RUNS, Seed, print_cost, print_json, read_state
 
 
 def reproduce(
     scale: str = "demo",
     rows: tuple[str, ...] = ("2-in100",),
-    seed: int = 0,
+    seed: Seed = 0,
     data: Path | None = None,
     start: Path | None = None,
     runs: Path = RUNS,
@@ -55,7 +55,7 @@ def reproduce(
         print_json({"report": str(page) if page else None})
 
 
-def list_rows(scale: str = "demo", runs: Path = RUNS, seed: int = 0, json: bool = False) -> None:
+def list_rows(scale: str = "demo", runs: Path = RUNS, seed: Seed = 0, json: bool = False) -> None:
     """Every row of the catalogue: the study's number, its run, and the state of the local run.
 
     Args:
@@ -95,7 +95,7 @@ def list_rows(scale: str = "demo", runs: Path = RUNS, seed: int = 0, json: bool 
         print("  ".join(cells).rstrip())
 
 
-def show(row: str, /, scale: str = "demo", seed: int = 0, dry_run: bool = False, json: bool = False) -> None:
+def show(row: str, /, scale: str = "demo", seed: Seed = 0, dry_run: bool = False, json: bool = False) -> None:
     """A row's resolved config, and with --dry-run its cost.
 
     Args:
@@ -119,7 +119,7 @@ def show(row: str, /, scale: str = "demo", seed: int = 0, dry_run: bool = False,
         print_json(shown)
 
 
-def report(scale: str = "demo", rows: tuple[str, ...] = ("2-in100",), seed: int = 0, runs: Path = RUNS, out: Path | None = None) -> None:
+def report(scale: str = "demo", rows: tuple[str, ...] = ("2-in100",), seed: Seed = 0, runs: Path = RUNS, out: Path | None = None) -> None:
     """Build report.html and report.md from what the runs hold.
 
     Args:
@@ -139,7 +139,7 @@ def report(scale: str = "demo", rows: tuple[str, ...] = ("2-in100",), seed: int 
         print(page)
 
 
-def compare_methods(scale: str = "demo", seed: int = 0, runs: Path = RUNS, json: bool = False) -> None:
+def compare_methods(scale: str = "demo", seed: Seed = 0, runs: Path = RUNS, json: bool = False) -> None:
     """The study's comparisons of whole methods, from our runs: at a glance, training cost, context, all baselines.
 
     Args:
