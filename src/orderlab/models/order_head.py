@@ -49,7 +49,7 @@ class ScoredOrdering(nn.Module):
             raise UserError(
                 f"states have shape {list(states_BPD.shape)}; this OrderHead takes [B, {self.config.positions}, {self.config.state_dim}]"
             )
-        with torch.autocast(states_BPD.device.type, enabled=False):
+        with torch.autocast("cuda" if states_BPD.is_cuda else "cpu", enabled=False):  # the meta device has none
             x_BPD = self.state_projection(states_BPD.type_as(self.positions))
             if is_truth_B is not None and entries_BPC is not None:
                 x_BPD = torch.where(is_truth_B[:, None, None], self.truth_projection(entries_BPC.type_as(self.positions)), x_BPD)

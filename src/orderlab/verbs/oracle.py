@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orderlab import catalog
-from orderlab.verbs.output import RUNS, Count, Seed, print_cost, print_json, print_result
+from orderlab.verbs.output import RUNS, Count, Seed, leave_if_stopped, print_cost, print_json, print_result
 
 if TYPE_CHECKING:
     from orderlab.training.importance import Importance
@@ -49,6 +49,7 @@ def oracle_train(
         print_json({"run": str(folder), "state": state, **accuracies})
     else:
         print_result({"run": str(folder), "state": state, **{name: f"{value:.1%}" for name, value in accuracies.items()}}, False)
+    leave_if_stopped()
 
 
 def oracle_importance(

@@ -66,6 +66,15 @@ def print_result(result: dict[str, str], as_json: bool) -> None:
         print(" · ".join(f"{name}: {value}" for name, value in result.items()))
 
 
+def leave_if_stopped() -> None:
+    """Exit with the signal's status where training was told to stop, so that `train && sample` does not go on; all is saved."""
+    from orderlab.runtime.run import StopSignal
+
+    if status := StopSignal.status:
+        StopSignal.status = 0
+        raise SystemExit(status)
+
+
 def print_cost(config: dict[str, Any], cost: dict[str, Any], as_json: bool) -> None:
     """A dry run: the resolved config, then what it takes."""
     if as_json:

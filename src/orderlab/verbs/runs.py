@@ -7,7 +7,7 @@ from typing import Any
 
 from orderlab import catalog
 from orderlab.config import RunConfig
-from orderlab.verbs.output import RUNS, Count, Number, Rate, Seed, print_cost, print_json, print_result, validated
+from orderlab.verbs.output import RUNS, Count, Number, Rate, Seed, leave_if_stopped, print_cost, print_json, print_result, validated
 
 
 def train(
@@ -60,6 +60,7 @@ def train(
         return
     folder, state = train_run(config, runs, quiet=json)
     print_result({"run": str(folder), "state": state}, json)
+    leave_if_stopped()
 
 
 def train_run(config: RunConfig, runs: Path, quiet: bool) -> tuple[Path, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orderlab import catalog
-from orderlab.verbs.output import RUNS, Seed, print_cost, print_json, read_state
+from orderlab.verbs.output import RUNS, Seed, leave_if_stopped, print_cost, print_json, read_state
 
 
 def reproduce(
@@ -53,6 +53,7 @@ def reproduce(
     page = module.run(plan, Console(quiet=json))
     if json:
         print_json({"report": str(page) if page else None})
+    leave_if_stopped()
 
 
 def list_rows(scale: str = "demo", runs: Path = RUNS, seed: Seed = 0, json: bool = False) -> None:
