@@ -12,19 +12,24 @@ import functools
 import inspect
 import io
 import itertools
+import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
+from pydantic import ValidationError, validate_call
 from tyro.conf import FlagCreatePairsOff
 
 from orderlab import catalog
-from orderlab.errors import UserError
+from orderlab.errors import PeersLost, UserError
+from orderlab.runtime.console import is_main_process
 from orderlab.verbs import cluster, data, hub, oracle, quality, runs, study, tools
+from orderlab.verbs.output import flag_error
 
 VERBS: dict[str, Callable[..., None]] = {
     "reproduce": study.reproduce,
@@ -64,8 +69,11 @@ VERBS: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: run a verb; a `UserError` is one line and exit status 2."""
+    """Entry point: run a verb; a `UserError` is one line and exit status 2, a signal ends with the signal's status (128 + number)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a Latin-1 or ASCII terminal shows "?" for what it does not know
     try:
         verb, rest = split_verb(arguments)
         set_thread_patience(verb)
@@ -73,20 +81,33 @@ def main(arguments: list[str] | None = None) -> None:
             print(overview())
         else:
             call(verb, rest)
+        sys.stdout.flush()
     except UserError as error:
-        print(f"orderlab: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(0)
+        fail(str(error), patience=LOST_PATIENCE if isinstance(error, PeersLost) else PATIENCE)
+    except BrokenPipeError:  # the reader has gone, as in `orderlab list | head -1`: nothing is left to say, and nobody to say it to
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        print("orderlab: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        fail("interrupted; what is finished is kept, the same command goes on from there", 128 + signal.SIGINT)
     except OSError as error:
-        print(
-            f"orderlab: {error.strerror or error}: {error.filename or 'no file named'}; check the path, its rights and the disk",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        fail(f"{error.strerror or error}: {error.filename or 'no file named'}; check the path, its rights and the disk")
+
+
+PATIENCE, LOST_PATIENCE = 3.0, 6.0
+"""Seconds that all but the first of several processes wait before they speak: torchrun ends them when the first has, or whoever knows more."""
+
+
+def fail(message: str, status: int = 2, patience: float = PATIENCE) -> NoReturn:
+    """Say in one line what went wrong and exit; of several processes that stand before the same mistake one speaks."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (not is_main_process() or patience > PATIENCE):
+        time.sleep(patience)
+    print(f"orderlab: {message}", file=sys.stderr, flush=True)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows as the cause below its own traceback
+        cause = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(report, "w") as handle:
+            json.dump({"message": cause}, handle)
+    sys.exit(status)
 
 
 def set_thread_patience(verb: str | None) -> None:
@@ -141,8 +162,25 @@ def call(verb: str, arguments: list[str]) -> None:
         if stop.code in (0, None):
             return
         raise UserError(one_line(complaint.getvalue(), verb)) from None
-    positional, named = parsed[0]
-    function(*positional, **named)
+    try:
+        positional, named = validate_call(_deferred(function))(*parsed[0][0], **parsed[0][1])
+    except ValidationError as error:
+        raise flag_error(error) from None
+    try:
+        function(*positional, **named)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory|not enough memory", str(error)):
+            raise
+        raise UserError(f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'the host'}); {memory_advice(named)}") from None
+
+
+def memory_advice(named: dict[str, Any]) -> str:
+    """Which flag of the verb lowers the memory it takes."""
+    flag = next((flag for flag in ("micro_batch", "batch") if flag in named), None)
+    if flag is None:
+        return "stop what else runs on the device; training fits in less by orderlab train ROW --micro-batch N, and this command goes on from it"
+    now = f" (now {named[flag] or named.get('batch') or 'the whole batch'})"
+    return f"lower --{flag.replace('_', '-')}{now}: it changes no result; the same command goes on from what is saved"
 
 
 def _deferred(function: Callable[..., None]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:

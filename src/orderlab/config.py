@@ -221,6 +221,12 @@ class RunConfig(Frozen):
         return [run for run in dict.fromkeys(found) if run is not None]
 
 
+EXECUTION_KNOBS = frozenset({"micro_batch", "compile", "sharding", "checkpoint_every"})
+"""Knobs of a `RunConfig` that change speed and memory alone: a run may go on with others."""
+PATH_KNOBS = (("data", "folder"), ("data", "tokenizer"), ("start", "file"))
+"""Knobs that name a place on this machine; a run folder keeps them absolute."""
+
+
 SAMPLERS = r"^(kv-cache|kv-cache-static|kv-cache-plain|full-forward|fast|slow|(semifast|phases|best-of)-[1-9]\d*|unmask-(random|confidence|halton)-[1-9]\d*)$"
 
 

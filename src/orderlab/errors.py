@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """What was wrong, what was expected, what to do: one line, no traceback."""
+
+
+class PeersLost(UserError):
+    """Another process of the group has gone away: a consequence, whose cause that process knows better."""

@@ -11,7 +11,7 @@ from typing_extensions import Self
 class Frozen(BaseModel):
     """Immutable, closed to unknown names, self-documenting."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def edited(self, **changes: Any) -> Self:
         """A validated copy with changes (pydantic's own `model_copy` does not validate)."""

@@ -191,3 +191,34 @@ def test_agreement_with_the_exact_expected_loss_is_measured(capsys: pytest.Captu
         cosine = float(F.cosine_similarity(gradient(partial(straight_through, temperature=temperature)), exact))
         with capsys.disabled():
             print(f"\nstraight-through against exact gradient at temperature {temperature}: cosine {cosine:+.2f}")
+
+
+def test_scores_are_the_same_under_bf16_autocast() -> None:
+    """Near-constant scores: bf16 would tie them, and ties go to the lower position."""
+    states = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0)) + 1e-3 * torch.randn(
+        2, 12, 16, generator=torch.Generator().manual_seed(1)
+    )
+    head, entries, is_truth = ScoredOrdering(SMALL), torch.zeros(2, 12, 8), torch.tensor([True, False])
+    plain = head(states, entries, is_truth)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = head(states, entries, is_truth)
+        wide = head(states.bfloat16())
+    assert torch.equal(scores, plain)
+    assert wide.dtype == torch.float32
+    assert len(scores[1].unique()) == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_scores_have_a_gradient_that_is_a_number(dtype: torch.dtype) -> None:
+    scores = torch.full((2, 12), 0.3, dtype=dtype, requires_grad=True)
+    groups = split(scores, 4, 0.5)
+    assert groups.order_BT.tolist() == [list(range(12))] * 2
+    (normalise(scores).square().sum() + groups.token_scale_BP("context-only").square().sum()).backward()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+
+
+def test_normalised_scores_have_mean_0_and_std_1() -> None:
+    scores = 5 + 3 * torch.randn(4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(normalise(scores).mean(1), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(normalise(scores).std(1, unbiased=False), torch.ones(4, dtype=torch.float64), atol=1e-12, rtol=0)

@@ -70,6 +70,13 @@ def test_the_script_asks_for_a_process_a_gpu_a_warning_and_requeueing(capsys: py
     assert not list(tmp_path.rglob("*.pkl"))
 
 
+@pytest.mark.parametrize("value", ["00123", "7", "1e3", "h100"])
+def test_what_slurm_is_given_stays_as_it_was_typed(value: str, tmp_path: Path) -> None:
+    keys = ("account", "qos", "comment", "constraint", "gpus_per_node", "partition")
+    lines = sbatch_script(Settings(tmp_path, slurm=tuple(f"{key}={value}" for key in keys)), 1).splitlines()
+    assert {f"#SBATCH --{key.replace('_', '-')}={value}" for key in keys} <= set(lines)
+
+
 def test_a_sweep_over_rows_and_seeds_is_one_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     cli.main(["launch", "5-fair", "ours-schedule/rar-continued", "--seeds", "0,1", "--print", "--runs", str(tmp_path)])
     script = capsys.readouterr().out
@@ -95,6 +102,12 @@ def test_rows_that_could_not_run_side_by_side_share_a_job() -> None:
         (["--slurm", "gpu"], "expected key=value"),
         (["--slurm", "partitoin=gpu"], "known keys: partition"),
         (["--seeds", "a"], "expected numbers"),
+        (["--seeds", "²"], "expected numbers"),
+        (["--slurm", "nodes=two"], "nodes=two: expected a whole number above 0"),
+        (["--slurm", "time=2-00:00:00"], "expected a whole number above 0 of minutes"),
+        (["--slurm", "cpus-per-task=0"], "expected a whole number above 0"),
+        (["--gpus", "0"], "--gpus: Input should be greater than or equal to 1"),
+        (["--minutes", "-5"], "--minutes: Input should be greater than or equal to 1"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

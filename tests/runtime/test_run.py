@@ -67,6 +67,40 @@ def test_config_difference_names_every_knob(tiny_run: RunConfig) -> None:
     assert config_difference(tiny_run.model_dump(mode="json"), tiny_run.model_dump(mode="json")) == ""
 
 
+def test_a_run_goes_on_with_other_knobs_of_speed_and_memory(tiny_run: RunConfig, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path).create(tiny_run)
+    folder.create(tiny_run.edited(micro_batch=4, compile=True, sharding="fsdp", checkpoint_every=64))
+    assert folder.config() == tiny_run
+    with pytest.raises(UserError, match="another config .precision: found fp32, asked bf16."):
+        folder.create(tiny_run.edited(micro_batch=4, precision="bf16"))
+
+
+def test_paths_are_kept_absolute_and_compared_by_where_they_lead(
+    tiny_run: RunConfig, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"")
+    (tmp_path / "link").symlink_to(token_folder)
+    monkeypatch.chdir(tmp_path)
+
+    def asking(folder: str, file: str) -> RunConfig:
+        return tiny_run.edited(data={**tiny_run.data.model_dump(), "folder": folder}, start={"file": file})
+
+    run = RunFolder(tmp_path / "run").create(asking("link", "./weights.pt"))
+    found = run.config()
+    assert found.data.folder == str(tmp_path / "link")
+    assert found.start is not None
+    assert found.start.file == str(tmp_path / "weights.pt")
+    run.create(asking(str(token_folder), str(tmp_path / "weights.pt")))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run.create(asking("../link", "weights.pt"))  # no such file here: the one that was found there
+    with pytest.raises(UserError, match=r"data\.folder: found .*link, asked \."):
+        run.create(asking(".", "weights.pt"))
+    write_json(run.root / "config.json", asking("link", "weights.pt").model_dump(mode="json"))  # as older versions kept it
+    monkeypatch.chdir(tmp_path)
+    run.create(asking(str(token_folder), "weights.pt"))
+
+
 def test_a_line_cut_by_a_kill_is_skipped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.metrics.write_text('{"kind": "train", "images": 1}\n{"kind": "validation", "images": 1}\n{"kind": "tra')

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from orderlab.sampling.draw import draw_tokens, guidance_scales, guide, keep_top
+from orderlab.sampling.draw import BadLogits, Watch, draw_tokens, guidance_scales, guide, keep_top
 
 
 def test_guidance_formula() -> None:
@@ -56,3 +56,31 @@ def test_top_k_keeps_ties_and_top_p_keeps_the_first() -> None:
 
 def test_greedy_takes_the_first_largest() -> None:
     assert draw_tokens(torch.tensor([[1.0, 5.0, 5.0]]), None).item() == 1
+
+
+BAD = {"nan": torch.nan, "+inf": torch.inf, "all -inf": -torch.inf}
+
+
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("is_greedy", [False, True], ids=["drawn", "greedy"])
+@pytest.mark.parametrize("top", [(0, 1.0), (3, 1.0), (0, 0.5), (3, 0.5)])
+def test_logits_that_are_no_numbers_give_a_token_and_are_remembered(value: float, is_greedy: bool, top: tuple[int, float]) -> None:
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    bad = logits.clone()
+    bad[2, slice(None) if value < 0 else 5] = value
+    uniforms = torch.tensor([0.1, 0.5, 0.9, 0.99], dtype=torch.float64)
+    watch = Watch(4, torch.device("cpu"))
+    for step in (logits, logits, bad, logits):
+        tokens = draw_tokens(step, None if is_greedy else uniforms, 1.0, *top, watch)
+        assert ((tokens >= 0) & (tokens < 7)).all()
+    with pytest.raises(BadLogits, match="image 2 are not numbers at step 2"):
+        watch.check()
+    watch.reset()
+    draw_tokens(logits, uniforms, 1.0, *top, watch)
+    watch.check()
+
+
+def test_a_single_impossible_token_is_no_fault() -> None:
+    watch = Watch(2, torch.device("cpu"))
+    draw_tokens(torch.tensor([[0.0, -torch.inf], [1.0, 2.0]]), torch.tensor([0.5, 0.5]), watch=watch)
+    watch.check()

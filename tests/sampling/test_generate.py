@@ -187,3 +187,13 @@ def test_in_fp32_tokens_differ_only_where_the_uniform_meets_an_edge() -> None:
         cdf = guide(conditional, unconditional, 2.0).softmax(-1).cumsum(-1)
         uniform = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[i]))[t]
         assert float((cdf - uniform).abs().min()) < 1e-5
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("sampler", ["kv-cache", "kv-cache-static", "full-forward"])
+def test_a_model_whose_logits_are_nan_names_the_image_and_the_step(fixture_model: GPT, sampler: str, greedy: bool) -> None:
+    broken = copy.deepcopy(fixture_model).float()
+    with torch.no_grad():
+        broken.cls_embedding.embedding_table.weight[3] = torch.nan
+    with pytest.raises(UserError, match="image 3 are not numbers at step 0"):
+        generate(broken, CLASSES, path("spiral", 4, 4), seeds=SEEDS, sampler=sampler, greedy=greedy, guidance=2.0)  # type: ignore[arg-type]

@@ -139,3 +139,22 @@ def test_a_damaged_set_is_one_clear_line(run_dir: Path) -> None:
     (out / "tokens.npy").write_bytes((out / "tokens.npy").read_bytes()[:60])
     with pytest.raises(UserError, match="damaged"):
         sample.SampleSet(out)
+
+
+def test_nan_names_the_image_of_the_set(run_dir: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from orderlab.models.formats import read_weights
+
+    broken = tmp_path / "r@smoke" / "seed0"
+    (broken / "checkpoints").mkdir(parents=True)
+    (broken / "config.json").write_bytes((run_dir / "config.json").read_bytes())
+    file = run_dir / "checkpoints/final.safetensors"
+    tensors = load_file(file)
+    tensors["cls_embedding.embedding_table.weight"][4] = torch.nan
+    save_file(tensors, broken / "checkpoints/final.safetensors", {k: str(v) for k, v in read_weights(file).header.items()})
+    config = CONFIG.edited(batch=4, sampler="best-of-2")
+    with pytest.raises(UserError, match="logits for image 4 are not numbers at step 0"):
+        sample.run(config, broken)
+    assert [part.name for part in (broken / "samples").rglob("part-*")] == ["part-000000-000004.npz"]

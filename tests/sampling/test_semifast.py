@@ -185,3 +185,20 @@ def test_best_of_one_is_plain_sampling_with_its_candidates_seed(model: OrderedGP
     assert torch.equal(made.tokens_BP, plain)
     assert F.one_hot(made.order_BT, POSITIONS).sum() == 3 * POSITIONS
     assert torch.equal(rank(made.order_BT), made.order_BT)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("part", "expected"), [("gpt.output.weight", "not numbers at step 0"), ("order_head.head.2.bias", "scores of image 0")]
+)
+def test_nan_in_body_or_head_is_one_line(name: str, part: str, expected: str) -> None:
+    broken = make()
+    with torch.no_grad():
+        broken.get_parameter(part).fill_(torch.nan)
+    with pytest.raises(UserError, match=expected):
+        METHODS[name](broken, CLASSES, SEEDS)
+
+
+def test_nan_among_the_values_of_candidates_chooses_nothing(model: OrderedGPT) -> None:
+    with pytest.raises(UserError, match="values of candidates of image 1"):
+        semifast.semifast(model, CLASSES, SEEDS, candidates=2, rescore=lambda *_: torch.tensor([0, 0, 0, torch.nan, 0, 0]))

@@ -10,6 +10,7 @@ from torch import Tensor
 from orderlab.config import GPTConfig, SampleConfig
 from orderlab.errors import UserError
 from orderlab.models import backbone
+from orderlab.models import transformer as trunk
 from orderlab.models.gpt import GPT
 from orderlab.models.masked import MaskedModel
 from orderlab.order.paths import path
@@ -214,3 +215,21 @@ def test_the_causal_sampler_refuses_a_masked_model(model: MaskedModel) -> None:
 def test_configs_that_do_not_fit_are_refused(sampler: str, order: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SampleConfig(sampler=sampler, order=order)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("order", ["random", "confidence", HALTON], ids=["random", "confidence", "halton"])
+def test_a_model_whose_logits_are_nan_names_the_image_and_the_step(model: MaskedModel, order: Tensor | str, greedy: bool) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.cls_embedding.embedding_table.weight[5] = torch.nan
+    with pytest.raises(UserError, match="image 5 are not numbers at step 0"):
+        unmask(broken, CLASSES, order, seeds=SEEDS, steps=4, greedy=greedy)
+
+
+def test_training_after_sampling_in_one_process() -> None:
+    """A table kept from a pass without gradient must serve one with."""
+    trunk.rope_table.cache_clear()
+    fresh = noisy_masked(CONFIG)
+    unmask(fresh, CLASSES, "random", seeds=SEEDS, steps=2)
+    fresh(CLASSES, torch.zeros(8, 16, dtype=torch.long), torch.ones(8, 16, dtype=torch.bool)).sum().backward()

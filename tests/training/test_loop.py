@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from orderlab.config import AnnealedOrder, RunConfig
 from orderlab.errors import UserError
 from orderlab.models.formats import load_gpt
-from orderlab.runtime.run import RunFolder
+from orderlab.runtime.run import RunFolder, StopSignal
 from orderlab.training.loop import run
 
 TRAIN = """
@@ -340,3 +340,20 @@ def test_a_run_stopped_in_mid_anneal_goes_on_with_another_number_of_processes(ti
     assert_close(whole, moved)
     ratios = [[r["random_ratio"] for r in RunFolder(folder).records("train")] for folder in (whole, moved)]
     assert ratios[0] == ratios[1]
+
+
+def test_a_run_that_was_stopped_goes_on_with_smaller_micro_batches(tiny_run: RunConfig, tmp_path: Path) -> None:
+    """The answer to an out-of-memory: another `--micro-batch`, the same results to rounding; the status of the stop is the signal's."""
+    config = without_dropout(tiny_run, validate_every=10 * 16)
+    whole, parts = tmp_path / "whole/a/seed0", tmp_path / "parts/a/seed0"
+    run(config, whole)
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["images"] == 15 * 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run(config, parts, report=stop) == "stopped"
+    assert StopSignal.status == 128 + signal.SIGTERM
+    assert run(config.edited(micro_batch=4), parts) == "trained"
+    assert StopSignal.status == 0
+    assert_close(whole, parts)

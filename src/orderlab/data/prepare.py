@@ -28,6 +28,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept must serve training too
 def tokenizer(name: str) -> VQ:
     """The image tokenizer called `name`: shipped with the package, or a file (ours, or LlamaGen's `vq_ds16_c2i.pt`)."""
     shipped = ASSETS / f"vq-{name}.safetensors"

@@ -104,6 +104,7 @@ def run(config: TokenizeConfig, *, progress: Callable[[int, int, str], None] | N
             _begin(work, config, settings)
         here.barrier()
         fresh = _encode_share(work, config, vq.to(here.device), here, progress if here.is_main else None)
+        here.barrier()  # shares may take very different times, and a sum over GPUs waits ten minutes only
         fresh = int(here.sum(torch.tensor(fresh, device=here.device)))
         if here.is_main:
             _finish(work, config, settings, vq)

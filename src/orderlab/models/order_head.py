@@ -44,15 +44,17 @@ class ScoredOrdering(nn.Module):
         init_weights(self, torch.Generator().manual_seed(seed))
 
     def forward(self, states_BPD: Tensor, entries_BPC: Tensor | None = None, is_truth_B: Tensor | None = None) -> Tensor:
+        """In the weights' own precision, autocast or not: scores that bf16 rounds alike would be cut by position."""
         if states_BPD.shape[1:] != (self.config.positions, self.config.state_dim):
             raise UserError(
                 f"states have shape {list(states_BPD.shape)}; this OrderHead takes [B, {self.config.positions}, {self.config.state_dim}]"
             )
-        x_BPD = self.state_projection(states_BPD)
-        if is_truth_B is not None and entries_BPC is not None:
-            x_BPD = torch.where(is_truth_B[:, None, None], self.truth_projection(entries_BPC), x_BPD)
-        x_BPD = torch.cat([self.registers.expand(len(x_BPD), -1, -1), x_BPD], dim=1) + self.positions
-        return self.head(self.blocks(x_BPD)[:, self.config.registers :])[..., 0]
+        with torch.autocast("cuda" if states_BPD.is_cuda else "cpu", enabled=False):  # the meta device has none
+            x_BPD = self.state_projection(states_BPD.type_as(self.positions))
+            if is_truth_B is not None and entries_BPC is not None:
+                x_BPD = torch.where(is_truth_B[:, None, None], self.truth_projection(entries_BPC.type_as(self.positions)), x_BPD)
+            x_BPD = torch.cat([self.registers.expand(len(x_BPD), -1, -1), x_BPD], dim=1) + self.positions
+            return self.head(self.blocks(x_BPD)[:, self.config.registers :])[..., 0]
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,12 @@ class Split:
 
 
 def normalise(scores_BP: Tensor) -> Tensor:
-    """Scores less their mean, over their biased standard deviation, per image; gradients flow through both."""
+    """Scores less their mean, over their biased standard deviation, per image; gradients flow through both.
+
+    Epsilon stands under the root: scores that are all the same have a gradient there too.
+    """
     centred_BP = scores_BP - scores_BP.mean(1, keepdim=True)
-    return centred_BP / (centred_BP.square().mean(1, keepdim=True).sqrt() + NORMALISE_EPS)
+    return centred_BP / (centred_BP.square().mean(1, keepdim=True) + NORMALISE_EPS**2).sqrt()
 
 
 def split(scores_BP: Tensor, first: int, temperature: float) -> Split:

@@ -19,13 +19,18 @@ from orderlab.config import GPTConfig
 
 
 @torch.compiler.assume_constant_result  # a compiled step holds the table, it does not compute it
-@lru_cache(maxsize=16)
 def rope_table(grid: tuple[int, int], head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(cos, sin) of the 2-D rotary embedding: [1 + P, head_dim / 2, 2]; row 0 belongs to the class token.
 
     The first half of the pairs encodes the grid row, the second half the column, with frequencies base^(-2j / (head_dim / 2)).
     NOTE: row 0 is zero, not the identity rotation: in LlamaGen the class token's query and key vanish.
     """
+    return _kept_rope_table(grid, head_dim, base, dtype, device)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept must serve training too
+def _kept_rope_table(grid: tuple[int, int], head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     height, width = grid
     half = head_dim // 2
     frequencies = base ** -(torch.arange(0, half, 2, dtype=torch.float64)[: half // 2] / half)

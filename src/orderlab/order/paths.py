@@ -19,6 +19,7 @@ from torch import Tensor
 from orderlab.errors import UserError
 
 Cells = Iterable[tuple[int, int]]
+MOST_POSITIONS = 2**16  # an order is stored as uint16
 
 
 def raster(height: int, width: int) -> Cells:
@@ -188,4 +189,7 @@ def parse_grid(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match or "0" in match.groups():
         raise UserError(f"grid '{text}' is not HEIGHTxWIDTH; expected for example 16x16")
-    return int(match[1]), int(match[2])
+    height, width = (int(side[:9]) for side in match.groups())
+    if height * width > MOST_POSITIONS:
+        raise UserError(f"grid '{text}' has more than {MOST_POSITIONS:,} tokens; expected at most 256x256")
+    return height, width

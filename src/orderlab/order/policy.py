@@ -49,6 +49,7 @@ def draw_orders(policy: OrderPolicy, grid: tuple[int, int], count: int, progress
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept must serve training too
 def _cached_path(name: str, height: int, width: int) -> Tensor:
     return path(name, height, width)
 

@@ -8,14 +8,21 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orderlab.errors import UserError
+from orderlab.errors import PeersLost, UserError
 
-LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|gloo|NCCL", re.ASCII)
+LOST = re.compile(
+    r"[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|[Tt]imed out|ncclRemoteError|communicator was aborted", re.ASCII
+)
+"""What gloo, NCCL and their sockets say when a peer is gone; all else that they say is a fault of its own."""
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for one that lists or encodes a data set for all; a collective of the step waits torch's own ten minutes."""
+_patient: list[dist.ProcessGroup] = []  # the group that waits so long, while there is one
 
 
 @dataclass(frozen=True)
@@ -65,11 +72,24 @@ class World:
         return bool(tensor)
 
     def barrier(self) -> None:
+        """Wait for all, up to `PATIENCE` and on the CPU (gloo): one may be at work for all."""
         if self.size > 1:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            dist.all_reduce(torch.zeros(1), group=_patient[0] if _patient else None)
 
 
 ALONE = World(0, 1, torch.device("cpu"))
+
+
+def own_device() -> torch.device:
+    """This process's GPU, or the CPU. Raises `UserError` where there are fewer GPUs than processes."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(f"process {local} of this machine (from 0) has no GPU, {count} are visible; start at most {count} processes here")
+    return torch.device("cuda", local)
 
 
 @contextmanager
@@ -79,28 +99,29 @@ def world() -> Iterator[World]:
     Raises `UserError` when another process of the group has gone away.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
-    if has_gpu:
+    device = own_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     joins = size > 1 and not dist.is_initialized()
-    if joins:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
     here = World(rank, size, device)
     try:
+        if joins:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            _patient.append(dist.new_group(backend="gloo", timeout=PATIENCE))
         yield here
         if joins:
             here.barrier()  # nobody closes a connection that another process still reads from
     except RuntimeError as error:
-        if size == 1 or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+        if size == 1 or not (isinstance(error, dist.DistNetworkError) or LOST.search(str(error))):
             raise
-        raise UserError(
+        raise PeersLost(
             f"process {rank} of {size} lost the others ({str(error).splitlines()[0][:100]}): one was killed or failed, see its own line; "
             "the same command goes on from the last checkpoint"
         ) from None
     finally:
-        if joins:
+        if joins and dist.is_initialized():
             gc.collect()  # DDP's reducers lie in cycles; one that outlives its group may abort the process at exit
+            _patient.clear()
             dist.destroy_process_group()
 
 

@@ -18,6 +18,8 @@ from typing import Any
 from orderlab.errors import UserError
 
 WARNING_SECONDS = 120  # between Slurm's warning and the end
+WHOLE_NUMBERS = {"time", "nodes", "ntasks_per_node", "cpus_per_task", "cpus_per_gpu", "signal_delay_s", "array_parallelism"}
+"""Settings that submitit counts with; every other is handed on as it is typed (an account may be 00123)."""
 
 
 @dataclass
@@ -66,7 +68,8 @@ class Settings:
             key, equals, value = item.partition("=")
             if not equals:
                 raise UserError(f"--slurm {item}: expected key=value, such as partition=gpu or account=vision")
-            given[key.replace("-", "_")] = int(value) if re.fullmatch(r"\d+", value) and key != "mem" else value
+            name = key.replace("-", "_")
+            given[name] = _whole(item, value) if name in WHOLE_NUMBERS else value
         defaults = {
             "job_name": self.name,
             "time": self.minutes,
@@ -78,6 +81,12 @@ class Settings:
             "additional_parameters": {"requeue": True},
         }
         return {**defaults, **given}
+
+
+def _whole(item: str, value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", value) or not int(value):
+        raise UserError(f"--slurm {item}: expected a whole number above 0{' of minutes' if item.startswith('time=') else ''}")
+    return int(value)
 
 
 def sbatch_script(settings: Settings, jobs: int) -> str:

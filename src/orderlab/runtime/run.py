@@ -1,7 +1,7 @@
 """The run folder: one training run, its config, environment, log, metrics, checkpoints, samples and scores.
 
 `runs/<recipe>@<scale>/seed<k>/` belongs to one config for ever: the same command there goes on where it stopped, another
-config is refused with the difference. A lock keeps two processes from writing into one folder.
+config is refused with the difference (but for knobs of speed and memory). A lock keeps two processes from writing into one folder.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ValidationError
 
-from orderlab.config import RunConfig
+from orderlab.config import EXECUTION_KNOBS, PATH_KNOBS, RunConfig
 from orderlab.errors import UserError
 from orderlab.runtime.files import locked, read_json, write_json
 
@@ -41,11 +41,12 @@ class RunFolder:
         """Make the folder, or check that it belongs to this very config; record the environment."""
         file = self.root / "config.json"
         if file.exists():
-            difference = config_difference(self.config().model_dump(mode="json"), config.model_dump(mode="json"))
+            found, asked = (c.model_dump(mode="json", exclude=set(EXECUTION_KNOBS)) for c in (self.config(), config))
+            difference = config_difference(found, _as_found(found, asked))
             if difference:
                 raise UserError(f"{self.root} was made with another config ({difference}); use the same settings or another --runs folder")
         else:
-            write_json(file, config.model_dump(mode="json"))
+            write_json(file, _placed(config.model_dump(mode="json")))
         write_json(self.root / "env.json", environment())
         return self
 
@@ -98,6 +99,24 @@ def config_difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
     )
 
 
+def _placed(config: dict[str, Any]) -> dict[str, Any]:
+    """A dumped config whose paths are absolute, so that they are found from any working directory."""
+    for section, name in PATH_KNOBS:
+        path = (config[section] or {}).get(name)
+        if path and Path(path).exists():
+            config[section][name] = str(Path(path).absolute())
+    return config
+
+
+def _as_found(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """The config that is asked for, where a path leads to the same place written as it was found."""
+    for section, name in PATH_KNOBS:
+        before, now = ((config[section] or {}).get(name) for config in (found, asked))
+        if before and now and (os.path.realpath(before) == os.path.realpath(now) or (Path(before).name == now and not Path(now).exists())):
+            asked[section][name] = before
+    return asked
+
+
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         return {k: v for name, item in value.items() for k, v in _flatten(item, f"{prefix}{name}.").items()}
@@ -141,18 +160,26 @@ def code_version() -> str:
 class StopSignal:
     """Turns the first SIGTERM, Ctrl-C or SIGUSR2 (a cluster's warning) into a flag; the loop saves and leaves. A second one acts as usual."""
 
+    status: ClassVar[int] = 0
+    """What a command that was stopped exits with, 128 + the signal's number; 0 where none was."""
+
     def __init__(self) -> None:
         self.received = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
+        StopSignal.status = 0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received, StopSignal.status = True, 128 + number
         signal.signal(number, self._previous[number])
+
+    def agree(self) -> None:
+        """Stop because another process was told to."""
+        StopSignal.status = StopSignal.status or 128 + signal.SIGTERM
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():

@@ -67,13 +67,70 @@ def check_drawing(temperature: float, top_k: int, top_p: float) -> None:
         raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected temperature > 0, top_k >= 0, 0 < top_p <= 1")
 
 
-def draw_tokens(logits_BV: Tensor, uniform_B: Tensor | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """One token per row [B]: the inverse CDF at `uniform_B` in [0, 1), or the argmax when it is None."""
+class BadLogits(UserError):
+    """Logits that are no distribution: `row` of `rows` at `step`, each from 0."""
+
+    def __init__(self, row: int, rows: int, step: int, image: int | None = None):
+        self.row, self.rows, self.step = row, rows, step
+        super().__init__(
+            f"the model's logits for image {row if image is None else image} are not numbers at step {step} (NaN or infinite): its weights "
+            "are damaged or diverged, or guidance and temperature are beyond its range; nothing was written for this batch"
+        )
+
+
+class Watch:
+    """Notes for each row whether all its logits were numbers, on their device: nothing waits for it before `check`.
+
+    Both methods that note change tensors in place and take no number from the host, so that a CUDA graph can hold them.
+    """
+
+    def __init__(self, rows: int, device: torch.device):
+        self.is_good_B = torch.ones(rows, dtype=torch.bool, device=device)
+        self.good_steps_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self.steps = torch.zeros((), dtype=torch.long, device=device)
+
+    def reset(self) -> None:
+        self.is_good_B.fill_(True)
+        self.good_steps_B.zero_()
+        self.steps.zero_()
+
+    def note(self, peak_X: Tensor) -> None:
+        """Take the highest logit of each draw of a step, as many draws a row: finite where all are numbers and one is not -inf."""
+        self.is_good_B &= peak_X.isfinite().view(len(self.is_good_B), -1).all(1)
+        self.good_steps_B += self.is_good_B
+        self.steps += 1
+
+    def check(self) -> None:
+        """Raise `BadLogits` for the earliest bad step. The one wait for the device."""
+        rows, steps = len(self.good_steps_B), int(self.steps)
+        good_steps_B = self.good_steps_B.cpu()
+        if rows and int(good_steps_B.min()) < steps:
+            raise BadLogits(int(good_steps_B.argmin()), rows, int(good_steps_B.min()))
+
+
+def draw_tokens(
+    logits_BV: Tensor,
+    uniform_B: Tensor | None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    watch: Watch | None = None,
+) -> Tensor:
+    """One token per row [B]: the inverse CDF at `uniform_B` in [0, 1), or the argmax when it is None.
+
+    Whatever the logits, a token of the codebook is returned; `watch` remembers where they are no numbers.
+    """
     if uniform_B is None:
-        return logits_BV.argmax(-1)
+        peak_B, tokens_B = logits_BV.max(-1)
+        if watch is not None:
+            watch.note(peak_B)
+        return tokens_B
     logits_BV = keep_top((logits_BV / temperature if temperature != 1.0 else logits_BV).contiguous(), top_k, top_p)
-    cdf_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).exp_().cumsum(-1)
+    peak_B1 = logits_BV.amax(-1, keepdim=True)
+    if watch is not None:
+        watch.note(peak_B1[:, 0])
+    cdf_BV = (logits_BV - peak_B1).exp_().cumsum(-1)
     total_B1 = cdf_BV[:, -1:]
     # A threshold that rounds up to the total would point behind the last token.
     threshold_B1 = (uniform_B[:, None].to(cdf_BV.dtype) * total_B1).minimum(torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(cdf_BV, threshold_B1, right=True)[:, 0]
+    return torch.searchsorted(cdf_BV, threshold_B1, right=True)[:, 0].clamp_max(logits_BV.shape[-1] - 1)  # NaN is found nowhere

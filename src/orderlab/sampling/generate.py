@@ -23,7 +23,7 @@ from orderlab.models.decode import CachedDecoder
 from orderlab.models.decode_static import StaticDecoder
 from orderlab.models.gpt import GPT
 from orderlab.order.perm import as_batch, to_grid
-from orderlab.sampling.draw import check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
+from orderlab.sampling.draw import Watch, check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
 
 Revise = Callable[[int, Tensor, Tensor], Tensor | None]
 
@@ -66,8 +66,8 @@ class Drawing(NamedTuple):
     top_p: float
     is_greedy: bool
 
-    def draw(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-        return draw_tokens(logits_BV, None if self.is_greedy else uniform_B, self.temperature, self.top_k, self.top_p)
+    def draw(self, logits_BV: Tensor, uniform_B: Tensor, watch: Watch) -> Tensor:
+        return draw_tokens(logits_BV, None if self.is_greedy else uniform_B, self.temperature, self.top_k, self.top_p, watch)
 
 
 @torch.inference_mode()
@@ -136,7 +136,7 @@ class Revision:
 def _decode(decoder: Decoder, uniforms_BT: Tensor, scales: list[float] | None, drawing: Drawing, before: Revision | None = None) -> Tensor:
     """Step through one generation: tokens [B, T] in step space. `scales` is None without guidance."""
     tokens_TB: list[Tensor] = []
-    tokens_R = None
+    tokens_R = watch = None
     for t in range(decoder.steps):
         if before is not None:
             before(t, tokens_TB)
@@ -144,9 +144,12 @@ def _decode(decoder: Decoder, uniforms_BT: Tensor, scales: list[float] | None, d
         if scales is not None:
             conditional_BV, unconditional_BV = logits_BV.chunk(2)
             logits_BV = guide(conditional_BV, unconditional_BV, scales[t])
-        tokens_B = drawing.draw(logits_BV, uniforms_BT[:, t])
+        watch = watch or Watch(len(logits_BV), logits_BV.device)
+        tokens_B = drawing.draw(logits_BV, uniforms_BT[:, t], watch)
         tokens_TB.append(tokens_B)
         tokens_R = tokens_B if scales is None else tokens_B.repeat(2)
+    if watch is not None:
+        watch.check()
     return torch.stack(tokens_TB, dim=1)
 
 
@@ -164,6 +167,7 @@ class StaticLoop:
         self.tokens_R = self.slot.new_zeros(rows)
         self.uniforms_BT = torch.zeros(images, self.positions, dtype=torch.float64, device=device)
         self.scales_T = torch.zeros(self.positions, dtype=model.rope_dtype, device=device)
+        self.watch = Watch(images, device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def run(self, model: GPT, uniforms_BT: Tensor, scales: list[float], before: Revision | None = None) -> Tensor:
@@ -172,6 +176,7 @@ class StaticLoop:
             self._capture(model)
         self.uniforms_BT.copy_(uniforms_BT)
         self.scales_T.copy_(torch.tensor(scales))
+        self.watch.reset()
         self.slot.zero_()
         for t in range(self.positions):
             if before is not None:
@@ -182,6 +187,7 @@ class StaticLoop:
                 self.graphs[live].replay()
             else:
                 self.advance(model, live)
+        self.watch.check()
         return self.tokens_BT.clone()
 
     def advance(self, model: GPT, live: int) -> None:
@@ -190,7 +196,7 @@ class StaticLoop:
         if self.is_guided:
             conditional_BV, unconditional_BV = logits_BV.chunk(2)
             logits_BV = guide(conditional_BV, unconditional_BV, self.scales_T.index_select(0, self.slot))
-        tokens_B = self.drawing.draw(logits_BV, self.uniforms_BT.index_select(1, self.slot)[:, 0])
+        tokens_B = self.drawing.draw(logits_BV, self.uniforms_BT.index_select(1, self.slot)[:, 0], self.watch)
         self.tokens_BT.index_copy_(1, self.slot, tokens_B[:, None])
         self.tokens_R.copy_(tokens_B.repeat(2) if self.is_guided else tokens_B)
         self.slot += 1

@@ -28,6 +28,7 @@ from orderlab.runtime.dist import World, world
 from orderlab.runtime.files import read_json, write_json
 from orderlab.runtime.keys import generator, image_seeds
 from orderlab.runtime.run import RunFolder
+from orderlab.sampling.draw import BadLogits
 from orderlab.sampling.methods import Method, method_for, passes
 from orderlab.sampling.semifast import Made, Rescore
 
@@ -151,7 +152,11 @@ def _sample_parts(
             classes_B = torch.from_numpy(classes_N[indices % config.images])
             clock = time.perf_counter()
             seeds = image_seeds(config.seed, range(indices[0], indices[-1] + 1))
-            made = method(classes_B, seeds)
+            try:
+                made = method(classes_B, seeds)
+            except BadLogits as bad:  # name the image of the set; candidates of one image are rows side by side
+                image = indices[0] + bad.row * len(indices) // bad.rows
+                raise BadLogits(bad.row, bad.rows, bad.step, image=int(image)) from None
             seconds, timed = seconds + time.perf_counter() - clock, timed + config.batch
             _write_part(file, made, config.images - part * config.batch)
         progress(min(config.images, (part + 1) * config.batch), config.images)

@@ -51,7 +51,17 @@ def draft(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], options: d
 @torch.inference_mode()
 def normalised_scores(model: OrderedGPT, classes_B: Tensor, tokens_BP: Tensor) -> Tensor:
     device = model.gpt.norm.weight.device
-    return normalise(model.scores(classes_B.to(device), tokens_BP.to(device))).cpu()
+    return _checked(normalise(model.scores(classes_B.to(device), tokens_BP.to(device))).cpu(), "the OrderHead's scores")
+
+
+def _checked(values_NX: Tensor, name: str) -> Tensor:
+    """Values on the CPU that images are ordered or chosen by; NaN would do so without a word."""
+    is_bad_N = ~values_NX.isfinite().flatten(1).all(1)
+    if is_bad_N.any():
+        raise UserError(
+            f"{name} of image {int(is_bad_N.nonzero()[0])} of the batch are not numbers: the run's weights are damaged or diverged"
+        )
+    return values_NX
 
 
 def fast(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], **options: Any) -> Made:
@@ -96,8 +106,8 @@ def best_of(
     candidate_seeds = [key("candidate", seed, c) for seed in seeds for c in range(candidates)]
     tokens_NP = generate(model, classes_N, order_NT, seeds=candidate_seeds, target=target, **options)
     rescore = rescore or LogLikelihood(model, target)
-    values_BN = rescore(tokens_NP, classes_N, order_NT).view(-1, candidates)
-    chosen_B = values_BN.argmax(1).cpu() + candidates * torch.arange(len(classes_B))
+    values_BN = _checked(rescore(tokens_NP, classes_N, order_NT).cpu().view(-1, candidates), "the values of candidates")
+    chosen_B = values_BN.argmax(1) + candidates * torch.arange(len(classes_B))
     return Made(tokens_NP[chosen_B], order_NT[chosen_B])
 
 

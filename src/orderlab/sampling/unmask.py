@@ -24,7 +24,7 @@ from orderlab.errors import UserError
 from orderlab.models.masked import MaskedModel
 from orderlab.order.paths import path
 from orderlab.order.perm import as_batch, highest, marked, put, states_at, to_steps
-from orderlab.sampling.draw import check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
+from orderlab.sampling.draw import Watch, check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
 from orderlab.sampling.generate import check_images
 from orderlab.sampling.semifast import shuffled
 
@@ -100,18 +100,19 @@ def unmask(
     scales = guidance_scales(guidance, guidance_schedule, positions) if guidance > 1.0 else None
     tokens_BP = torch.zeros(len(classes_B), positions, dtype=torch.long, device=device)
     is_masked_BP = torch.ones_like(tokens_BP, dtype=torch.bool)
-    done = 0
+    done, watch = 0, Watch(len(classes_B), device)
     with model.evaluating():
         for step, count in enumerate(counts):
             positions_BN, uniforms_BN = choose.candidates(step, is_masked_BP)
             logits_XV = logits_at(
                 model, classes_B.to(device), tokens_BP, is_masked_BP, positions_BN, None if scales is None else scales[done]
             )
-            drawn_X = draw_tokens(logits_XV, None if greedy else uniforms_BN.flatten(), temperature, top_k, top_p)
+            drawn_X = draw_tokens(logits_XV, None if greedy else uniforms_BN.flatten(), temperature, top_k, top_p, watch)
             positions_BN, drawn_BN = choose.revealed(step, positions_BN, logits_XV, drawn_X.view_as(positions_BN))
             tokens_BP = put(tokens_BP, positions_BN, drawn_BN)
             is_masked_BP = put(is_masked_BP, positions_BN, torch.zeros_like(positions_BN, dtype=torch.bool))
             done += count
+    watch.check()
     return tokens_BP.to(classes_B.device)
 
 

@@ -26,6 +26,7 @@ from orderlab.errors import UserError
 from orderlab.models.oracle import Oracle, load_oracle, true_class_probability
 from orderlab.models.weights import weights_hash
 from orderlab.order.perm import in_groups, to_grid
+from orderlab.runtime.dist import own_device
 from orderlab.runtime.run import RunFolder
 from orderlab.training.clusters import Progress, cluster_maps, silent, stage, token_digest
 
@@ -47,7 +48,7 @@ def importance_maps(oracle_file: Path, token_set: TokenSet, mode: Mode, cls_k: i
     is_clustered, views = mode == "oracle", token_set.tokens.shape[1]
     told = stage(progress, 1, 2) if is_clustered else progress
     groups = cluster_maps(token_set, oracle.codebook, cls_k, cache, stage(progress, 0, 2)) if is_clustered else None
-    oracle.to("cuda" if torch.cuda.is_available() else "cpu")
+    oracle.to(own_device())
 
     def rows(start: int, stop: int) -> np.ndarray:
         indices, chosen = np.repeat(np.arange(start, stop), views), np.tile(np.arange(views), stop - start)

@@ -114,6 +114,7 @@ class Trainer:
                     self._finish()
                     return "trained"
                 if is_stopped:
+                    stop.agree()
                     self._set_status("stopped")
                     return "stopped"
                 self._step()

@@ -91,7 +91,8 @@ def clip(model: nn.Module, limit: float) -> Tensor:
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """The global gradient norm, on the device; zero where nothing has a gradient."""
-    return whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return whole(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros((), device=next(model.parameters()).device)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 from orderlab import catalog
 from orderlab.errors import UserError
-from orderlab.verbs.output import RUNS, print_json
+from orderlab.verbs.output import RUNS, Count, numbers, print_json
 
 
 def launch(
     rows: tuple[str, ...],
     /,
     scale: str = "paper",
-    gpus: int = 4,
+    gpus: Count = 4,
     seeds: str = "0",
     slurm: tuple[str, ...] = (),
-    minutes: int = 24 * 60,
+    minutes: Count = 24 * 60,
     data: Path | None = None,
     start: Path | None = None,
     runs: Path = RUNS,
@@ -47,9 +47,7 @@ def launch(
     from orderlab.runtime.launch import Settings, sbatch_script, submit
 
     chosen, known = catalog.rows_named(rows), catalog.scale_named(scale)
-    if not all(seed.isdigit() for seed in seeds.split(",")):
-        raise UserError(f"--seeds {seeds}: expected numbers with commas between, such as 0,1,2")
-    plans = [plan for seed in seeds.split(",") for plan in job_plans(chosen, known, runs.absolute(), int(seed), data, start)]
+    plans = [plan for seed in numbers(seeds, "--seeds") for plan in job_plans(chosen, known, runs.absolute(), seed, data, start)]
     settings = Settings(runs.absolute() / "jobs", gpus, minutes, f"orderlab-{scale}", slurm)
     names = [f"{'+'.join(dict.fromkeys(row.run for row in plan.rows))}, seed {plan.seed}: {len(plan.rows)} rows" for plan in plans]
     if print:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orderlab.errors import UserError
 from orderlab.runtime.console import Console, is_main_process
-from orderlab.verbs.output import print_json, validated
+from orderlab.verbs.output import Count, Number, print_json, validated
 
 
 def tokenize_imagenet(
@@ -17,10 +17,10 @@ def tokenize_imagenet(
     flip: bool = False,
     labels: Path | None = None,
     tokenizer: str = "vq_ds16_c2i.pt",
-    size: int = 256,
-    batch: int = 32,
-    limit_broken: int = 10,
-    workers: int = 4,
+    size: Count = 256,
+    batch: Count = 32,
+    limit_broken: Number = 10,
+    workers: Count = 4,
     json: bool = False,
 ) -> None:
     """ImageNet to tokens: one process, or several under torchrun; the same command goes on where it stopped.
@@ -58,7 +58,7 @@ def tokenize_imagenet(
     )
 
 
-def tokens_check(folder: Path, /, picture: Path | None = None, items: int = 16, tokenizer: str | None = None, json: bool = False) -> None:
+def tokens_check(folder: Path, /, picture: Path | None = None, items: Count = 16, tokenizer: str | None = None, json: bool = False) -> None:
     """Check a token set: code range, images a class, duplicates; decode some of it to a picture.
 
     Args:
@@ -99,9 +99,9 @@ def tokens_import(
     out: Path,
     /,
     tokenizer: str | None = None,
-    vocabulary: int = 16384,
+    vocabulary: Count = 16384,
     grid: str = "16x16",
-    classes: int = 1,
+    classes: Count = 1,
     json: bool = False,
 ) -> None:
     """Read the token files of other projects: LlamaGen's folders, RAR's JSONL, RandAR's and ARPG's class folders.

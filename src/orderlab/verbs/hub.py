@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orderlab.verbs.output import print_json
+from orderlab.verbs.output import Count, print_json
 
 
-def hub_import(file: Path, out: Path | None = None, /, heads: int | None = None, grid: str | None = None, json: bool = False) -> None:
+def hub_import(file: Path, out: Path | None = None, /, heads: Count | None = None, grid: str | None = None, json: bool = False) -> None:
     """LlamaGen's checkpoint (c2i_B_256.pt) as safetensors with its config, bit for bit.
 
     Args:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orderlab import catalog
-from orderlab.errors import UserError
-from orderlab.verbs.output import RUNS, print_cost, print_json, print_result
+from orderlab.verbs.output import RUNS, Count, Seed, leave_if_stopped, print_cost, print_json, print_result
 
 if TYPE_CHECKING:
     from orderlab.training.importance import Importance
@@ -15,8 +14,8 @@ if TYPE_CHECKING:
 
 def oracle_train(
     scale: str = "toy",
-    seed: int = 0,
-    images: int | None = None,
+    seed: Seed = 0,
+    images: Count | None = None,
     data: Path | None = None,
     runs: Path = RUNS,
     dry_run: bool = False,
@@ -50,14 +49,15 @@ def oracle_train(
         print_json({"run": str(folder), "state": state, **accuracies})
     else:
         print_result({"run": str(folder), "state": state, **{name: f"{value:.1%}" for name, value in accuracies.items()}}, False)
+    leave_if_stopped()
 
 
 def oracle_importance(
     run: Path,
     /,
     picture: Path | None = None,
-    images: int = 10,
-    cls_k: int | None = None,
+    images: Count = 10,
+    cls_k: Count | None = None,
     checkpoint: str = "final",
     json: bool = False,
 ) -> None:
@@ -71,8 +71,6 @@ def oracle_importance(
         checkpoint: final or final-ema
         json: print for programs
     """
-    if images < 1:
-        raise UserError(f"--images {images}: expected at least 1")
     if picture is not None:
         from orderlab.report.figures import figure_kind
 

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
 
 from orderlab.errors import UserError
 from orderlab.runtime.console import is_main_process
 
 RUNS = Path("runs")
+LARGEST = 10**12
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Number = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""What a numeric flag may be; `cli.call` holds every verb to its annotations."""
 
 
 def validated(model: type[Any], values: dict[str, Any]) -> Any:
     """A config from flags; what does not fit is named as the flag it came from."""
-    from pydantic import ValidationError
-
     try:
         return model(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
-        if not first["loc"]:  # flags that do not fit together
-            raise UserError(message) from None
-        raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {message} (got {first['input']!r})") from None
+        raise flag_error(error) from None
+
+
+def flag_error(error: ValidationError) -> UserError:
+    """The first complaint, named as the flag it is about."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # flags that do not fit together
+        return UserError(message)
+    return UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {message} (got {first['input']!r:.60})")
+
+
+def numbers(text: str, flag: str, least: int = 0) -> list[int]:
+    """Read "0,1,2"."""
+    if not re.fullmatch(r"[0-9]{1,12}(,[0-9]{1,12})*", text) or min(map(int, text.split(","))) < least:
+        raise UserError(f"{flag} {text}: expected numbers from {least} with commas between, such as 1,2,8")
+    return [int(number) for number in text.split(",")]
 
 
 def read_state(status: Path) -> str:
@@ -45,6 +64,15 @@ def print_result(result: dict[str, str], as_json: bool) -> None:
         print_json(result)
     elif is_main_process():
         print(" · ".join(f"{name}: {value}" for name, value in result.items()))
+
+
+def leave_if_stopped() -> None:
+    """Exit with the signal's status where training was told to stop, so that `train && sample` does not go on; all is saved."""
+    from orderlab.runtime.run import StopSignal
+
+    if status := StopSignal.status:
+        StopSignal.status = 0
+        raise SystemExit(status)
 
 
 def print_cost(config: dict[str, Any], cost: dict[str, Any], as_json: bool) -> None:

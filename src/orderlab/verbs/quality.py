@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orderlab.errors import UserError
-from orderlab.verbs.output import print_json
+from orderlab.verbs.output import Count, Number, print_json
 
 
 def weights_inception(file: Path | None = None, download: bool = False) -> None:
@@ -30,7 +30,7 @@ def score(
     reference: Path | None = None,
     network: str | None = None,
     pr_mode: str = "fp32",
-    shuffle: int | None = None,
+    shuffle: Number | None = None,
     density: bool = False,
     per_class: bool = False,
     json: bool = False,
@@ -99,7 +99,7 @@ def compare(
     /,
     reference: Path | None = None,
     network: str | None = None,
-    blocks: int = 10,
+    blocks: Count = 10,
     json: bool = False,
 ) -> None:
     """The difference of each metric between two sets of samples, with its standard error over blocks of seeds.
@@ -160,8 +160,8 @@ def reference(
     /,
     out: Path,
     network: str | None = None,
-    keep: int = 10_000,
-    size: int | None = None,
+    keep: Count = 10_000,
+    size: Count | None = None,
     classes: str | None = None,
     labels: Path | None = None,
 ) -> None:
@@ -201,10 +201,10 @@ def reference_verify(reference: Path, samples: Path, /) -> None:
 
 
 def bench_metrics(
-    samples: int = 5000,
-    width: int = 2048,
-    repeats: int = 3,
-    stream: int = 50_000,
+    samples: Count = 5000,
+    width: Count = 2048,
+    repeats: Count = 3,
+    stream: Count = 50_000,
     scipy: bool = True,
     out: Path = Path("bench/metrics.json"),
     json: bool = False,

@@ -7,18 +7,18 @@ from typing import Any
 
 from orderlab import catalog
 from orderlab.config import RunConfig
-from orderlab.verbs.output import RUNS, print_cost, print_json, print_result, validated
+from orderlab.verbs.output import RUNS, Count, Number, Rate, Seed, leave_if_stopped, print_cost, print_json, print_result, validated
 
 
 def train(
     row: str,
     /,
     scale: str = "toy",
-    seed: int = 0,
-    images: int | None = None,
-    lr: float | None = None,
-    batch: int | None = None,
-    micro_batch: int | None = None,
+    seed: Seed = 0,
+    images: Count | None = None,
+    lr: Rate | None = None,
+    batch: Count | None = None,
+    micro_batch: Count | None = None,
     precision: str | None = None,
     data: Path | None = None,
     start: Path | None = None,
@@ -60,6 +60,7 @@ def train(
         return
     folder, state = train_run(config, runs, quiet=json)
     print_result({"run": str(folder), "state": state}, json)
+    leave_if_stopped()
 
 
 def train_run(config: RunConfig, runs: Path, quiet: bool) -> tuple[Path, str]:
@@ -81,22 +82,22 @@ def sample(
     run: Path,
     /,
     order: str = "raster",
-    images: int = 1000,
+    images: Count = 1000,
     guidance: float = 2.0,
     guidance_schedule: str = "none",
     temperature: float = 1.0,
-    top_k: int = 0,
+    top_k: Number = 0,
     top_p: float = 1.0,
     sampler: str = "kv-cache",
     rescore: str = "likelihood",
     labels: str = "balanced",
-    batch: int = 250,
-    seed: int = 0,
+    batch: Count = 250,
+    seed: Seed = 0,
     checkpoint: str = "final",
     picture: Path | None = None,
     npz: Path | None = None,
     rounding: str = "llamagen",
-    resize: int | None = None,
+    resize: Count | None = None,
     dry_run: bool = False,
     json: bool = False,
 ) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from orderlab import catalog
-from orderlab.verbs.output import RUNS, print_cost, print_json, read_state
+from orderlab.verbs.output import RUNS, Seed, leave_if_stopped, print_cost, print_json, read_state
 
 
 def reproduce(
     scale: str = "demo",
     rows: tuple[str, ...] = ("2-in100",),
-    seed: int = 0,
+    seed: Seed = 0,
     data: Path | None = None,
     start: Path | None = None,
     runs: Path = RUNS,
@@ -53,9 +53,10 @@ def reproduce(
     page = module.run(plan, Console(quiet=json))
     if json:
         print_json({"report": str(page) if page else None})
+    leave_if_stopped()
 
 
-def list_rows(scale: str = "demo", runs: Path = RUNS, seed: int = 0, json: bool = False) -> None:
+def list_rows(scale: str = "demo", runs: Path = RUNS, seed: Seed = 0, json: bool = False) -> None:
     """Every row of the catalogue: the study's number, its run, and the state of the local run.
 
     Args:
@@ -95,7 +96,7 @@ def list_rows(scale: str = "demo", runs: Path = RUNS, seed: int = 0, json: bool 
         print("  ".join(cells).rstrip())
 
 
-def show(row: str, /, scale: str = "demo", seed: int = 0, dry_run: bool = False, json: bool = False) -> None:
+def show(row: str, /, scale: str = "demo", seed: Seed = 0, dry_run: bool = False, json: bool = False) -> None:
     """A row's resolved config, and with --dry-run its cost.
 
     Args:
@@ -119,7 +120,7 @@ def show(row: str, /, scale: str = "demo", seed: int = 0, dry_run: bool = False,
         print_json(shown)
 
 
-def report(scale: str = "demo", rows: tuple[str, ...] = ("2-in100",), seed: int = 0, runs: Path = RUNS, out: Path | None = None) -> None:
+def report(scale: str = "demo", rows: tuple[str, ...] = ("2-in100",), seed: Seed = 0, runs: Path = RUNS, out: Path | None = None) -> None:
     """Build report.html and report.md from what the runs hold.
 
     Args:
@@ -139,7 +140,7 @@ def report(scale: str = "demo", rows: tuple[str, ...] = ("2-in100",), seed: int 
         print(page)
 
 
-def compare_methods(scale: str = "demo", seed: int = 0, runs: Path = RUNS, json: bool = False) -> None:
+def compare_methods(scale: str = "demo", seed: Seed = 0, runs: Path = RUNS, json: bool = False) -> None:
     """The study's comparisons of whole methods, from our runs: at a glance, training cost, context, all baselines.
 
     Args:

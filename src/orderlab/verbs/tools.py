@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from orderlab import catalog
-from orderlab.verbs.output import RUNS, print_cost, print_json, validated
+from orderlab.verbs.output import RUNS, Count, Seed, numbers, print_cost, print_json, validated
 
 
-def coverage(grid: str = "16x16", steps: int = 32, orders: str = "all", json: bool = False, plot: Path | None = None) -> None:
+def coverage(grid: str = "16x16", steps: Count = 32, orders: str = "all", json: bool = False, plot: Path | None = None) -> None:
     """Neighbour coverage: the share of its 8 neighbours a token already sees when it is generated.
 
     Args:
@@ -43,8 +43,8 @@ def bench_sample(
     model: str = "GPT-B",
     batches: str = "1,8,32",
     precisions: str = "fp32,bf16",
-    slot: int = 128,
-    repeats: int = 25,
+    slot: Count = 128,
+    repeats: Count = 25,
     full_forward: bool = True,
     out: Path = Path("bench/sample.json"),
     json: bool = False,
@@ -63,7 +63,7 @@ def bench_sample(
     """
     from orderlab.bench.sampling import run
 
-    sizes = [int(size) for size in batches.split(",")]
+    sizes = numbers(batches, "--batches", 1)
     result = run(model, sizes, precisions.split(","), slot=slot, repeats=repeats, has_full_forward=full_forward, out=out, quiet=json)
     if json:
         print_json(result)
@@ -71,10 +71,10 @@ def bench_sample(
 
 def bench_train(
     model: str = "GPT-B",
-    batch: int = 2,
-    orders: int = 64,
+    batch: Count = 2,
+    orders: Count = 64,
     precision: str = "fp32",
-    repeats: int = 10,
+    repeats: Count = 10,
     out: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -126,8 +126,8 @@ def tokenizer_train(
     images: Path | None = None,
     out: Path = Path("vq-fashion.safetensors"),
     grid: str = "8x8",
-    seed: int = 0,
-    epochs: int | None = None,
+    seed: Seed = 0,
+    epochs: Count | None = None,
     dry_run: bool = False,
 ) -> None:
     """Train the small image tokenizer on Fashion-MNIST.
@@ -171,7 +171,7 @@ def tokenizer_evaluate(tokenizer: str = "fashion-8x8", /, picture: Path | None =
     evaluate_tokenizer(load(tokenizer), picture)
 
 
-def features_train(images: Path | None = None, out: Path = Path("cnn-fashion.safetensors"), seed: int = 0, dry_run: bool = False) -> None:
+def features_train(images: Path | None = None, out: Path = Path("cnn-fashion.safetensors"), seed: Seed = 0, dry_run: bool = False) -> None:
     """Train the toy feature network, a classifier of Fashion-MNIST.
 
     Args:
