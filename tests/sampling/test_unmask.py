@@ -229,7 +229,7 @@ def test_a_model_whose_logits_are_nan_names_the_image_and_the_step(model: Masked
 
 def test_training_after_sampling_in_one_process() -> None:
     """A table kept from a pass without gradient must serve one with."""
-    trunk.rope_table.cache_clear()
+    trunk._kept_rope_table.cache_clear()
     fresh = noisy_masked(CONFIG)
     unmask(fresh, CLASSES, "random", seeds=SEEDS, steps=2)
     fresh(CLASSES, torch.zeros(8, 16, dtype=torch.long), torch.ones(8, 16, dtype=torch.bool)).sum().backward()
