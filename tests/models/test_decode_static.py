@@ -7,11 +7,12 @@ import torch
 
 from orderlab.config import GPTConfig
 from orderlab.models.decode import CachedDecoder
-from orderlab.models.decode_static import _decoders, static_decoder
+from orderlab.models.decode_static import StaticDecoder, _decoders, static_decoder
 from orderlab.models.formats import merge_target
 from orderlab.models.gpt import GPT
 from orderlab.order.paths import path
 from orderlab.sampling.generate import generate
+from tests.models.test_decode import OnGPU
 
 CONFIG = GPTConfig(layers=3, heads=2, dim=16, grid=(4, 4), vocabulary=29, classes=5, ffn_hidden=48, target_embedding=True)
 
@@ -69,3 +70,15 @@ def test_a_decoder_goes_with_its_model() -> None:
     del gpt
     gc.collect()
     assert len(_decoders) == before - 1
+
+
+def test_on_a_gpu_the_step_is_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled whole, with what lies at fixed addresses marked; the weights here only say that they lie on a GPU."""
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: modes.append(options) or function)
+    gpt = model(torch.float32)
+    gpt.norm.weight = torch.nn.Parameter(gpt.norm.weight.detach().as_subclass(OnGPU))
+    decoder = StaticDecoder(gpt, 2, None)
+    assert decoder.is_graph
+    assert modes == [{"mode": "reduce-overhead", "fullgraph": True}]
+    assert not StaticDecoder(model(torch.float32), 2, None).is_graph

@@ -119,6 +119,40 @@ def test_penalty_and_alignment() -> None:
     assert float(alignment_loss(-scores_BP, ce_BT, order_BT)) == pytest.approx(4.0, abs=1e-4)
 
 
+def test_alignment_and_penalty_are_added_with_their_weights(tiny_run: RunConfig, tmp_path: Path) -> None:
+    seen = []
+    for changes in ({}, {"alignment": 0.5}, {"score_penalty": 0.2}):
+        objective = objective_for(ordered(tiny_run, dropout=False, **changes), tmp_path, torch.device("cpu"))
+        torch.manual_seed(0)
+        torch.nn.init.normal_(objective.model.gpt.output.weight, std=0.5)
+        out = []
+        forward = lambda *arguments, **named: out.append(objective.model(*arguments, **named)) or out[-1]  # noqa: B023, E731
+        seen.append((float(objective.loss(forward, objective.batch(0))), out[0]))
+    (plain, out), (aligned, _), (penalised, _) = seen
+    alignment = alignment_loss(out.scores_BP, per_token_ce(out.logits_BTV, out.tokens_BT), out.order_BT)
+    assert aligned - plain == pytest.approx(0.5 * float(alignment), abs=1e-5)
+    assert penalised - plain == pytest.approx(0.2 * float(out.scores_BP.square().mean()), abs=1e-5)
+    assert min(float(alignment), float(out.scores_BP.square().mean())) > 1e-3
+
+
+def test_the_scheduled_temperature_reaches_the_soft_mask(tiny_run: RunConfig, tmp_path: Path) -> None:
+    objective = objective_for(ordered(tiny_run, dropout=False), tmp_path, torch.device("cpu"))
+    batch, out = objective.batch(480), []
+    assert batch.temperature == pytest.approx(0.55)
+    objective.loss(lambda *arguments, **named: out.append(objective.model(*arguments, **named)) or out[-1], batch)
+    torch.testing.assert_close(out[0].split.soft_BP, split(out[0].scores_BP, 4, 0.55).soft_BP)
+
+
+def test_states_have_neither_dropout_nor_gradient(tiny_run: RunConfig, tmp_path: Path) -> None:
+    objective = objective_for(ordered(tiny_run), tmp_path, torch.device("cpu"))
+    model, batch = objective.model.train(), objective.batch(0)
+    assert model.gpt.tok_dropout.p > 0
+    states = model.states(batch.classes_B, batch.tokens_BP)
+    assert model.gpt.training
+    assert not states.requires_grad
+    assert torch.equal(states, model.eval().states(batch.classes_B, batch.tokens_BP))
+
+
 def test_learned_orders_come_in_three_phases() -> None:
     exp4 = TASK.edited(raster_until=0.2, ramp_until=0.5)
     assert [learned_ratio(exp4, progress) for progress in (0.0, 0.199, 0.2, 0.35, 0.5, 1.0)] == pytest.approx([0, 0, 0, 0.5, 1, 1])
