@@ -12,7 +12,7 @@ from orderlab.config import GPTConfig, RunConfig, StartConfig
 from orderlab.config_tasks import OracleUse, OrderHeadConfig, OrderHeadTask
 from orderlab.errors import UserError
 from orderlab.models.order_head import split
-from orderlab.models.ordered_gpt import OrderedGPT, load_ordered_gpt
+from orderlab.models.ordered_gpt import Ordered, OrderedGPT, load_ordered_gpt
 from orderlab.order.perm import rank
 from orderlab.runtime.run import RunFolder
 from orderlab.training import order_head
@@ -119,28 +119,34 @@ def test_penalty_and_alignment() -> None:
     assert float(alignment_loss(-scores_BP, ce_BT, order_BT)) == pytest.approx(4.0, abs=1e-4)
 
 
-def test_alignment_and_penalty_are_added_with_their_weights(tiny_run: RunConfig, tmp_path: Path) -> None:
+def loss_and_out(objective: Any, images_seen: int) -> tuple[float, Ordered]:
+    """The loss of a batch, and what the model gave for it."""
     seen = []
+    loss = objective.loss(lambda *a, **named: seen.append(objective.model(*a, **named)) or seen[-1], objective.batch(images_seen))
+    return float(loss.detach()), seen[0]
+
+
+def test_alignment_and_penalty_are_added_with_their_weights(tiny_run: RunConfig, tmp_path: Path) -> None:
+    losses, outs = [], []
     for changes in ({}, {"alignment": 0.5}, {"score_penalty": 0.2}):
         objective = objective_for(ordered(tiny_run, dropout=False, **changes), tmp_path, torch.device("cpu"))
-        torch.manual_seed(0)
-        torch.nn.init.normal_(objective.model.gpt.output.weight, std=0.5)
-        out = []
-        forward = lambda *arguments, **named: out.append(objective.model(*arguments, **named)) or out[-1]  # noqa: B023, E731
-        seen.append((float(objective.loss(forward, objective.batch(0))), out[0]))
-    (plain, out), (aligned, _), (penalised, _) = seen
-    alignment = alignment_loss(out.scores_BP, per_token_ce(out.logits_BTV, out.tokens_BT), out.order_BT)
-    assert aligned - plain == pytest.approx(0.5 * float(alignment), abs=1e-5)
-    assert penalised - plain == pytest.approx(0.2 * float(out.scores_BP.square().mean()), abs=1e-5)
-    assert min(float(alignment), float(out.scores_BP.square().mean())) > 1e-3
+        for seed, weight in enumerate((objective.model.gpt.output.weight, objective.model.order_head.head[2].weight)):
+            weight.data.normal_(generator=torch.Generator().manual_seed(seed))
+        loss, out = loss_and_out(objective, 0)
+        losses.append(loss)
+        outs.append(out)
+    alignment = float(alignment_loss(outs[0].scores_BP, per_token_ce(outs[0].logits_BTV, outs[0].tokens_BT), outs[0].order_BT).detach())
+    penalty = float(outs[0].scores_BP.detach().square().mean())
+    assert losses[1] - losses[0] == pytest.approx(0.5 * alignment, abs=1e-5)
+    assert losses[2] - losses[0] == pytest.approx(0.2 * penalty, abs=1e-5)
+    assert min(alignment, penalty) > 1e-2
 
 
 def test_the_scheduled_temperature_reaches_the_soft_mask(tiny_run: RunConfig, tmp_path: Path) -> None:
     objective = objective_for(ordered(tiny_run, dropout=False), tmp_path, torch.device("cpu"))
-    batch, out = objective.batch(480), []
-    assert batch.temperature == pytest.approx(0.55)
-    objective.loss(lambda *arguments, **named: out.append(objective.model(*arguments, **named)) or out[-1], batch)
-    torch.testing.assert_close(out[0].split.soft_BP, split(out[0].scores_BP, 4, 0.55).soft_BP)
+    assert objective.batch(480).temperature == pytest.approx(0.55)
+    _, out = loss_and_out(objective, 480)
+    torch.testing.assert_close(out.split.soft_BP, split(out.scores_BP, 4, 0.55).soft_BP)
 
 
 def test_states_have_neither_dropout_nor_gradient(tiny_run: RunConfig, tmp_path: Path) -> None:
