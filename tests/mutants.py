@@ -3,8 +3,8 @@
 Each edit is made in a copy of the tree and only its own tests run there, so that the whole table takes minutes. An edit whose old
 text does not stand in its file exactly once is an error, as is a test that fails without any edit: the table cannot rot unseen.
 
-    python tests/mutants.py                 all of them
-    python tests/mutants.py guidance --jobs 2   those whose name holds a word, two at a time
+    python tests/mutants.py                      all of them
+    python tests/mutants.py guidance --jobs 2    those whose name holds a word, two at a time
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ SOURCE = TESTS.parent / "src/orderlab"
 
 
 @lru_cache
-def tests_in(file: str) -> set[str]:
+def names_in(file: str) -> set[str]:
     functions = (node.name for node in ast.parse((TESTS / file).read_text()).body if isinstance(node, ast.FunctionDef))
     return {name for name in functions if name.startswith("test_")}
 
@@ -28,7 +28,7 @@ def fault(mutant: Mutant) -> str | None:
     if ast.dump(ast.parse(edited)) == ast.dump(ast.parse(source)):
         return f"{mutant.name}: changes nothing"
     file, _, name = mutant.test.partition("::")
-    if not tests_in(file) or (name and name.partition("[")[0] not in tests_in(file)):
+    if not names_in(file) or (name and name.partition("[")[0] not in names_in(file)):
         return f"{mutant.name}: {mutant.test} is gone; name the test that is meant for it"
     return None
 

@@ -131,7 +131,7 @@ def test_alignment_and_penalty_are_added_with_their_weights(tiny_run: RunConfig,
     for changes in ({}, {"alignment": 0.5}, {"score_penalty": 0.2}):
         objective = objective_for(ordered(tiny_run, dropout=False, **changes), tmp_path, torch.device("cpu"))
         for seed, weight in enumerate((objective.model.gpt.output.weight, objective.model.order_head.head[2].weight)):
-            weight.data.normal_(generator=torch.Generator().manual_seed(seed))
+            weight.data.normal_(std=1.0 + 9 * seed, generator=torch.Generator().manual_seed(seed))
         loss, out = loss_and_out(objective, 0)
         losses.append(loss)
         outs.append(out)
