@@ -10,18 +10,21 @@ text does not stand in its file exactly once is an error, as is a test that fail
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
-TIMEOUT = 300  # seconds for one mutant's tests; an edit that makes them hang is noticed too
+TIMEOUT = 600  # seconds for the tests of one edit
+HEAVY = ("torch", "numpy", "scipy.stats", "scipy.optimize", "PIL.Image", "pydantic", "safetensors.torch", "hypothesis")
 
 
 @dataclass(frozen=True)
@@ -255,64 +258,80 @@ def copied_tree(folder: Path) -> Path:
     return folder
 
 
-def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """pytest's exit code (1 where a test failed) and the end of what it printed."""
-    paths = {"PYTHONPATH": f"{folder / 'src'}{os.pathsep}{folder}", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
-    try:
-        result = subprocess.run(command, cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return 1, f"no end after {TIMEOUT} s"
-    return result.returncode, result.stdout[-2000:] + result.stderr[-500:]
+def started(folder: Path, tests: Iterable[str]) -> int:
+    """Run tests of a copy in a process of its own, and what they print into the copy's `log`; returns its number.
+
+    It is forked, so that torch and its like are imported once for the whole table. Its exit code is pytest's: 1 where a test failed.
+    """
+    process = os.fork()
+    if process:
+        return process
+    signal.alarm(TIMEOUT)
+    os.dup2(os.open(folder / "log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    os.chdir(folder)
+    sys.path[:] = [str(folder / "src"), str(folder), *(entry for entry in sys.path if Path(entry).resolve() != ROOT / "tests")]
+    os.environ["PYTHONPATH"] = f"{folder / 'src'}{os.pathsep}{folder}"
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)])
+    sys.stdout.flush()
+    os._exit(int(code))
 
 
-def verdict(mutant: Mutant, folder: Path) -> str:
-    """Apply one edit in `folder`, run its tests, take it back."""
-    file = folder / "src/orderlab" / mutant.file
-    source = file.read_text()
-    try:
-        file.write_text(mutant.applied(source))
-        code, tail = run_tests(folder, (mutant.test,))
-    except ValueError as error:
-        return f"ERROR     {error}"
-    finally:
-        file.write_text(source)
-    if code == 1:
+def verdict(mutant: Mutant, folder: Path, status: int) -> str:
+    """The line of a mutant, from how its tests ended."""
+    code = os.waitstatus_to_exitcode(status)
+    if code == 1 or code == -signal.SIGALRM:  # tests that no longer end are noticed too
         return f"killed    {mutant.name}"
-    return f"SURVIVED  {mutant.name}" if code == 0 else f"ERROR     {mutant.name}: pytest ended with code {code}\n{tail}"
+    if code == 0:
+        return f"SURVIVED  {mutant.name}"
+    return f"ERROR     {mutant.name}: pytest ended with code {code}\n{(folder / 'log').read_text()[-2000:]}"
+
+
+def every_line(chosen: list[Mutant], copies: list[Path]) -> Iterator[str]:
+    """One line for each mutant, as they end; as many run at a time as there are copies."""
+    waiting, running = list(chosen), {}
+    while waiting or running:
+        while waiting and copies:
+            mutant, folder = waiting.pop(0), copies.pop()
+            file = folder / "src/orderlab" / mutant.file
+            source = file.read_text()
+            try:
+                file.write_text(mutant.applied(source))
+            except ValueError as error:
+                copies.append(folder)
+                yield f"ERROR     {error}"
+                continue
+            running[started(folder, [mutant.test])] = mutant, folder, file, source
+        if running:
+            process, status = os.wait()
+            mutant, folder, file, source = running.pop(process)
+            file.write_text(source)
+            copies.append(folder)
+            yield verdict(mutant, folder, status)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Apply each edit to a copy and see that its tests fail.")
-    parser.add_argument("name", nargs="?", default="", help="only edits whose name holds this text")
+    parser.add_argument("name", nargs="?", default="", help="only edits whose name or file holds this text")
     parser.add_argument("--jobs", type=int, default=1, help="edits at a time, each in a copy of its own")
     options = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if options.name in mutant.name]
+    chosen = [mutant for mutant in MUTANTS if options.name in mutant.name or options.name in mutant.file]
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    for name in HEAVY:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="orderlab-mutants-") as root:
-        copies: Queue[Path] = Queue()
-        for job in range(max(1, options.jobs)):
-            copies.put(copied_tree(Path(root) / str(job)))
-        baseline = copies.get()
-        code, tail = run_tests(baseline, tuple(dict.fromkeys(mutant.test for mutant in chosen)))
-        copies.put(baseline)
-        if code:
-            print(f"the tests fail without any edit:\n{tail}")
+        copies = [copied_tree(Path(root) / str(job)) for job in range(max(1, options.jobs))]
+        _, status = os.waitpid(started(copies[0], dict.fromkeys(mutant.test for mutant in chosen)), 0)
+        if status:
+            print(f"the tests fail without any edit:\n{(copies[0] / 'log').read_text()[-3000:]}")
             return 1
-
-        def one(mutant: Mutant) -> str:
-            folder = copies.get()
-            try:
-                line = verdict(mutant, folder)
-            finally:
-                copies.put(folder)
+        killed = 0
+        for line in every_line(chosen, copies):
+            killed += line.startswith("killed")
             print(line, flush=True)
-            return line
-
-        with ThreadPoolExecutor(max(1, options.jobs)) as pool:
-            lines = list(pool.map(one, chosen))
-    killed = sum(line.startswith("killed") for line in lines)
-    print(f"{killed} of {len(lines)} killed")
-    return int(killed < len(lines))
+    print(f"{killed} of {len(chosen)} killed")
+    return int(killed < len(chosen))
 
 
 if __name__ == "__main__":
