@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from orderlab.config import DataConfig, GPTConfig, OptimConfig, RunConfig
+from orderlab.config import AnnealedOrder, DataConfig, GPTConfig, OptimConfig, RandomOrder, RunConfig
+from orderlab.config_tasks import MaskedTask, OracleTask, OracleUse, OrderHeadConfig, OrderHeadTask
 from orderlab.data.tokens import TokenMeta, write_token_set
 from orderlab.models.vq import VQ, VQConfig, save_vq
+from orderlab.runtime.files import read_json, write_json
 
 FIXTURES = Path(__file__).parent / "fixtures"
 torch.set_num_threads(1)
@@ -48,6 +50,16 @@ def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     make_token_set(folder / "train", 96, seed=1)
     make_token_set(folder / "validation", 40, seed=2, views=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def coded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a tokenizer that nobody names, so that `small_vq` may be its."""
+    folder = tmp_path_factory.mktemp("coded")
+    for split, images, views in (("train", 96, 2), ("validation", 40, 1)):
+        make_token_set(folder / split, images, seed=len(split), views=views)
+        write_json(folder / split / "meta.json", {**read_json(folder / split / "meta.json"), "tokenizer_hash": "unknown"})
     return folder
 
 
@@ -99,3 +111,23 @@ def tiny_run(token_folder: Path) -> RunConfig:
         batch=16,
         precision="fp32",
     )
+
+
+@pytest.fixture
+def every_task(tiny_run: RunConfig, coded_folder: Path, small_vq: Path) -> dict[str, RunConfig]:
+    """A run of each kind, smaller still; "order-head-frozen" learns from the oracle's run, which is to be trained before."""
+    data = DataConfig(source="imagenet", folder=str(coded_folder), tokenizer=str(small_vq)).model_dump()
+    base = tiny_run.edited(data=data, images=160)
+    head = OrderHeadConfig(state_dim=16, entry_dim=4, positions=16, dim=16, layers=1, heads=2, mlp_dim=32)
+    task = OrderHeadTask(head=head, first=4, baseline=None, anneal_images=160)
+    learned = task.edited(curriculum_images=80, ramp_until=0.5, alignment=0.1, score_penalty=0.01)
+    frozen = task.edited(is_body_frozen=True, has_generation_loss=False, oracle=OracleUse(cls_k=4).model_dump(), clip=0.1)
+    told = {**base.model.model_dump(), "target_embedding": True}
+    return {
+        "raster": base,
+        "rar": base.edited(recipe="rar", policy=AnnealedOrder(), model=told, micro_batch=4),
+        "masked": base.edited(recipe="masked", policy=RandomOrder(), task=MaskedTask()),
+        "oracle": base.edited(recipe="oracle", task=OracleTask(layers=2, heads=2, dim=16, mlp_dim=32).model_dump()),
+        "order-head": base.edited(recipe="order-head", task=learned.model_dump()),
+        "order-head-frozen": base.edited(recipe="order-head-frozen", task=frozen.model_dump()),
+    }

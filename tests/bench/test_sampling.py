@@ -32,6 +32,14 @@ def test_every_setting_is_measured_and_written(tmp_path: Path) -> None:
     assert unmasking["8"] < unmasking["256"]
 
 
+def test_the_cache_of_a_step_is_its_live_keys_and_values() -> None:
+    """Keys and values, two layers, two guidance branches, 100 live slots, in the bytes of their type."""
+    result = bench.run("GPT-B", [3], ["fp32", "bf16"], slot=100, repeats=1, has_full_forward=False, quiet=True)
+    for step, item_bytes in zip(result["steps"], (4, 2), strict=True):
+        live = 2 * 2 * (2 * 3) * 64 * 100 * item_bytes
+        assert step["cache_ms"] == pytest.approx(1e3 * live / (1e9 * result["bandwidth_gb_per_s"]))
+
+
 def test_the_floor_knows_every_matrix_product_of_the_model() -> None:
     model = GPT(SMALL)
     floor = bench.LinearFloor(model)

@@ -2,17 +2,21 @@
 
 import itertools
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from orderlab.config import GPTConfig
+from orderlab.data.tokens import TokenSet
 from orderlab.errors import UserError
-from orderlab.evaluate.likelihood import nll
+from orderlab.evaluate.likelihood import measure, nll
 from orderlab.models.gpt import GPT
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
+from tests.conftest import make_token_set
 from tests.models.test_gpt import noisy
 
 TINY = GPTConfig(layers=1, heads=1, dim=8, grid=(2, 2), vocabulary=4, classes=3, ffn_hidden=16, target_embedding=True)
@@ -52,6 +56,19 @@ def test_untrained_model_is_uniform() -> None:
     model = GPT(TINY)
     values = nll(model, torch.tensor([0]), torch.zeros(1, 4, dtype=torch.long), path("raster", 2, 2))
     torch.testing.assert_close(values, torch.full((1, 4), math.log(4)))
+
+
+def test_a_measurement_has_the_error_and_the_bits_of_its_images(tmp_path: Path) -> None:
+    """Over 40 images of 16 tokens, from the NLL of each."""
+    make_token_set(tmp_path / "set", 40, seed=2, views=1)
+    token_set, model = TokenSet(tmp_path / "set"), noisy(TINY.edited(grid=(4, 4), vocabulary=29, classes=5))
+    measured = measure(model, token_set, "zigzag")
+    classes, tokens = token_set.read(np.arange(40))
+    nats = nll(model, classes, tokens, path("zigzag", 4, 4)).double().sum(1).numpy()
+    assert measured["images"] == 40
+    assert measured["nll_per_token"] == pytest.approx(nats.mean() / 16, rel=1e-5)
+    assert measured["standard_error"] == pytest.approx(nats.std(ddof=1) / 16 / 40**0.5, rel=1e-5)
+    assert measured["bits_per_image"] == pytest.approx(nats.mean() / math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize(

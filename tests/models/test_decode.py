@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from orderlab.config import GPTConfig
 from orderlab.models import decode
@@ -102,3 +103,20 @@ def test_decoder_equals_full_forward_for_few_and_many_rows(rows: int) -> None:
         for t in range(20):
             previous = None if t == 0 else tokens[:, t - 1]
             torch.testing.assert_close(cached.step(previous), full.step(previous), atol=2e-5, rtol=1e-5)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor of the CPU that says it lies on a GPU: what is chosen by that can be tested without one."""
+
+    is_cuda = True  # pyrefly: ignore
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(OnGPU, torch.float32), (OnGPU, torch.float64), (torch.Tensor, torch.bfloat16)])
+def test_a_gpu_attends_with_the_fused_kernel(kind: type, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(k) or fused(*a, **k))
+    generator = torch.Generator().manual_seed(0)
+    q, cache = torch.randn(3, 2, 8, generator=generator).to(dtype), torch.randn(2, 3, 2, 9, 8, generator=generator).to(dtype)
+    found = attend_one(q.as_subclass(kind), cache, 5)
+    assert [call["scale"] for call in calls] == [1.0]
+    torch.testing.assert_close(found.as_subclass(torch.Tensor).float(), attend_one(q.float(), cache.float(), 5), atol=0.02, rtol=0.02)

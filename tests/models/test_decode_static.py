@@ -14,6 +14,7 @@ from orderlab.models.gpt import GPT
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
 from orderlab.sampling.generate import _loops, generate
+from tests.models.test_decode import OnGPU
 
 CONFIG = GPTConfig(layers=3, heads=2, dim=16, grid=(4, 4), vocabulary=29, classes=5, ffn_hidden=48, target_embedding=True)
 
@@ -130,6 +131,18 @@ def test_a_loop_goes_with_its_model() -> None:
     del gpt
     gc.collect()
     assert len(_loops) == before - 1
+
+
+def test_on_a_gpu_blocks_are_compiled_once_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights here only say that they lie on a GPU."""
+    options = []
+    monkeypatch.setattr(torch, "compile", lambda function, **given: options.append(given) or function)
+    gpt = model(torch.float32)
+    assert StaticDecoder(gpt, 2, None).block is block_step
+    assert options == []
+    gpt.norm.weight = torch.nn.Parameter(gpt.norm.weight.detach().as_subclass(OnGPU))
+    StaticDecoder(gpt, 2, None)
+    assert options == [{"dynamic": False}]
 
 
 def test_weights_that_moved_or_changed_are_seen() -> None:

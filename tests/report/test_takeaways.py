@@ -36,6 +36,24 @@ def test_consistency_sets_the_trained_order_beside_the_borrowed_one() -> None:
     assert "3-fixed/raster 0.8" in found[0].evidence
 
 
+@pytest.mark.parametrize(
+    ("claim", "better", "worse"),
+    [
+        ("Annealing is essential", "5-fair/rar-300", "5-ablation/random-no-anneal"),
+        ("The target embedding is essential", "5-ablation/random-no-anneal", "5-ablation/random-no-target-embedding"),
+        ("told the target at inference too", "ours-target/random-no-anneal-raster", "5-ablation/random-no-anneal"),
+        ("RAR beats raster", "5-fair/rar-300", "5-fair/raster-300"),
+        ("does not reach raster", "5-fair/raster-300", "6-orderhead/exp3-ste-finetune"),
+        ("order-agnostic body is its better home", "ours-orderhead/on-rar150-frozen", "6-orderhead/exp3-ste-finetune"),
+        ("does better than eight random orders on", "6-orderhead/exp3-ste-finetune", "ours-orderhead/random-best-of-8"),
+    ],
+)
+def test_each_claim_names_the_row_that_should_be_better(claim: str, better: str, worse: str) -> None:
+    for values, verdict in (((1.0, 2.0), "our rows agree"), ((2.0, 1.0), "our rows disagree")):
+        found = takeaways(report({better: (values[0], 0.1), worse: (values[1], 0.1)}))
+        assert [t.verdict for t in found if claim in t.claim] == [verdict]
+
+
 def test_nothing_is_said_where_a_number_is_missing() -> None:
     assert takeaways(report({"5-fair/rar-300": (1.0, 0.1), "2-in100/spiral": (15.0, 0.2)})) == []
 

@@ -31,6 +31,17 @@ def test_inverse_cdf_is_exact() -> None:
     assert draw_tokens(logits, uniforms).tolist() == [0, 0, 1, 1, 3, 3, 3]
 
 
+def test_a_large_codebook_is_drawn_from_without_rounding() -> None:
+    """16,384 codes in fp32 against float64: the same code but where the uniform meets an edge."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 0.1 * torch.randn(300, 16384, generator=generator)
+    uniforms = torch.rand(300, dtype=torch.float64, generator=generator)
+    exact = (logits.double().softmax(-1).cumsum(-1) <= uniforms[:, None]).sum(-1)
+    found = draw_tokens(logits, uniforms)
+    assert (found != exact).double().mean() < 0.1
+    assert (found - exact).abs().max() <= 1
+
+
 def test_a_uniform_next_to_one_never_draws_an_impossible_token() -> None:
     logits = torch.full((1, 50), -torch.inf)
     logits[0, 3] = 0.0

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from orderlab.config import GPTConfig
+from orderlab.config import GPTConfig, SampleConfig
 from orderlab.errors import UserError
 from orderlab.models import backbone
 from orderlab.models.decode import CachedDecoder
@@ -15,6 +15,7 @@ from orderlab.order.paths import ORDER_NAMES, path
 from orderlab.order.perm import random_orders, to_grid
 from orderlab.sampling.draw import guide
 from orderlab.sampling.generate import FullForwardDecoder, generate
+from orderlab.sampling.methods import method_for
 from tests.conftest import FIXTURES
 from tests.models.test_gpt import noisy
 
@@ -139,6 +140,25 @@ def test_different_seeds_give_different_images(fixture_model: GPT) -> None:
     classes = torch.zeros(8, dtype=torch.long)
     tokens = generate(fixture_model, classes, path("raster", 4, 4), seeds=SEEDS)
     assert len(tokens.unique(dim=0)) == 8
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(0.0, 3), (1.0, 3), (1.5, 6)])
+def test_without_guidance_a_step_has_one_row_an_image(
+    fixture_model: GPT, monkeypatch: pytest.MonkeyPatch, guidance: float, rows: int
+) -> None:
+    seen, head = set(), GPT.head
+    monkeypatch.setattr(GPT, "head", lambda self, hidden: seen.add(len(hidden)) or head(self, hidden))
+    generate(fixture_model, CLASSES[:3], path("raster", 4, 4), seeds=SEEDS[:3], guidance=guidance, sampler="full-forward")
+    assert seen == {rows}
+
+
+def test_every_knob_of_a_sample_set_reaches_the_sampler(fixture_model: GPT) -> None:
+    order, plain = path("raster", 4, 4), {"guidance": 2.0}
+    knobs = [{}, {"temperature": 0.3}, {"top_k": 2}, {"top_p": 0.3}, {"guidance_schedule": "linear"}, {"guidance": 5.0}]
+    made = [method_for(fixture_model, SampleConfig(**{**plain, **knob}))(CLASSES, SEEDS).tokens_BP for knob in knobs]
+    expected = [generate(fixture_model, CLASSES, order, seeds=SEEDS, **{**plain, **knob}) for knob in knobs]  # pyrefly: ignore
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    assert len({tuple(tokens.flatten().tolist()) for tokens in made}) == len(knobs)
 
 
 def test_guidance_schedule_changes_the_result_and_ends_at_the_scale(fixture_model: GPT) -> None:

@@ -46,6 +46,12 @@ def test_a_set_holds_every_image_and_its_class(run_dir: Path) -> None:
     assert found.meta["seconds_per_image"] > 0
 
 
+def test_images_of_later_batches_have_seeds_of_their_own(run_dir: Path) -> None:
+    """Image 10 begins the second batch and has the class of image 0, not its numbers."""
+    tokens_NP = sample.SampleSet(sample.run(CONFIG, run_dir)).tokens_NP
+    assert (tokens_NP[:10] != tokens_NP[10:20]).any(1).all()
+
+
 def test_batch_and_processes_change_nothing(run_dir: Path, tmp_path: Path) -> None:
     base = sample.SampleSet(sample.run(CONFIG, run_dir)).tokens_NP
     other = run_dir.parent / "seed1"

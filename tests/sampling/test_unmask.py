@@ -52,11 +52,20 @@ def test_counts_are_the_published_ones() -> None:
     assert reveal_counts(256, 1, "cosine") == [256]
 
 
-def slow(model: MaskedModel, klass: int, order: Tensor | str, seed: int, counts: list[int], guidance: float, noise: float) -> list[int]:
+def slow(
+    model: MaskedModel,
+    klass: int,
+    order: Tensor | str,
+    seed: int,
+    counts: list[int],
+    guidance: float,
+    noise: float,
+    guidance_schedule: str = "none",
+) -> list[int]:
     """One image, one branch and one position at a time, over all logits, in plain Python."""
     positions = model.config.positions
     tokens, hidden = [0] * positions, set(range(positions))
-    scales = guidance_scales(guidance, "none", positions)
+    scales = guidance_scales(guidance, guidance_schedule, positions)
     uniforms = torch.rand(2 * len(counts) * positions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist()
     by_place = order.tolist() if isinstance(order, Tensor) else shuffled(positions, [seed])[0].tolist()
     done = 0
@@ -106,6 +115,14 @@ def test_the_sampler_equals_the_slow_one(model: MaskedModel, name: str, steps: i
     expected = [slow(model.eval(), int(c), order, seed, counts, guidance, 4.5) for c, seed in zip(CLASSES, SEEDS)]
     assert fast.tolist() == expected
     assert len(fast.unique()) > 10
+
+
+@torch.no_grad()
+def test_scheduled_guidance_follows_the_share_of_tokens_revealed(model: MaskedModel) -> None:
+    fast = unmask(model, CLASSES, HALTON, seeds=SEEDS, steps=5, schedule="arccos", guidance=6.0, guidance_schedule="linear")
+    counts = reveal_counts(16, 5, "arccos")
+    expected = [slow(model.eval(), int(c), HALTON, seed, counts, 6.0, 4.5, "linear") for c, seed in zip(CLASSES, SEEDS)]
+    assert fast.tolist() == expected
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])

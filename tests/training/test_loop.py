@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orderlab.config import AnnealedOrder, RunConfig
+from orderlab.config import AnnealedOrder, OptimConfig, RunConfig
 from orderlab.errors import UserError
 from orderlab.models.formats import load_gpt
 from orderlab.runtime.run import RunFolder, StopSignal
-from orderlab.training.loop import run
+from orderlab.training.loop import Trainer, run
+from orderlab.training.optim import ema_decay, learning_rate
 
 TRAIN = """
 import json, os, signal, sys
@@ -256,6 +257,83 @@ def test_exports_load_and_carry_the_config(tiny_run: RunConfig, tmp_path: Path) 
 
 def rar(config: RunConfig, **changes: Any) -> RunConfig:
     return config.edited(policy=AnnealedOrder(), model={**config.model.model_dump(), "target_embedding": True}, **changes)
+
+
+def trainer_of(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """The trainer of a run, before its first step."""
+    trainers: list[Trainer] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda self: trainers.append(self) or "trained")
+        run(config, folder)
+    return trainers[0]
+
+
+def test_a_step_takes_the_scheduled_rate_of_each_group(tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_run.edited(optim=OptimConfig(lr=1e-2, schedule="cosine", warmup_images=48), images=160)
+    trainer = trainer_of(config, tmp_path / "a/seed0", monkeypatch)
+    trainer.optimizer.param_groups[1]["lr_scale"] = 3.0
+    used = []
+    for step in range(10):
+        trainer._step()
+        used.append(float(trainer.optimizer.param_groups[0]["lr"]))
+        assert used[-1] == pytest.approx(learning_rate(config, 16 * step))
+        assert float(trainer.optimizer.param_groups[1]["lr"]) == pytest.approx(3 * used[-1])
+    assert used[0] < used[2] < used[3] > used[9]  # it warms up and falls
+
+
+def test_the_loop_updates_the_moving_average_at_every_step(tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(tiny_run, tmp_path / "a/seed0", monkeypatch)
+    assert trainer.ema is not None
+    expected: list[torch.Tensor] = []
+    for step in range(4):
+        trainer._step()
+        now = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        decay = ema_decay(tiny_run.optim.ema, step, tiny_run.steps) if step else 0.0
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected or now, now)]
+    for averaged, by_hand in zip(trainer.ema.module.parameters(), expected, strict=True):
+        torch.testing.assert_close(averaged.detach(), by_hand)
+    assert not torch.equal(trainer.ema.module.norm.weight, trainer.model.norm.weight)  # pyrefly: ignore
+
+
+def test_gradients_are_clipped_to_the_configured_norm(tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_run.edited(optim=OptimConfig(clip=0.01))
+    objective = trainer_of(config, tmp_path / "a/seed0", monkeypatch).objective
+    objective.loss(objective.model, objective.batch(0)).backward()
+    before = float(objective.clip()["grad_norm"])
+    after = sum(float(p.grad.square().sum()) for p in objective.model.parameters() if p.grad is not None) ** 0.5
+    assert after == pytest.approx(0.01, rel=1e-3)
+    assert before > 0.02
+
+
+def test_a_records_speed_is_images_over_seconds(tiny_run: RunConfig, tmp_path: Path) -> None:
+    run(tiny_run.edited(images=96), tmp_path / "a/seed0")
+    records = RunFolder(tmp_path / "a/seed0").records("train")
+    assert len(records) == 6
+    assert all(r["images_per_second"] * r["seconds"] == pytest.approx(16) for r in records)
+
+
+def test_a_batch_is_the_images_tokens_in_the_drawn_order(tiny_run: RunConfig, tmp_path: Path) -> None:
+    from orderlab.training.tasks import objective_for
+
+    objective = objective_for(rar(tiny_run), tmp_path, torch.device("cpu"))
+    batch, (_, tokens_BP) = objective.batch(32), objective.train.batch(tiny_run.seed, 32, 16)
+    assert torch.equal(batch.tokens_BT, torch.stack([image[order] for image, order in zip(tokens_BP, batch.order_BT)]))
+    assert not torch.equal(batch.tokens_BT, tokens_BP)
+
+
+def test_labels_are_dropped_at_the_configured_rate(tiny_run: RunConfig, tmp_path: Path) -> None:
+    from orderlab.training.tasks import objective_for
+
+    for rate in (0.0, 0.1, 0.4):
+        objective = objective_for(tiny_run.edited(class_dropout=rate), tmp_path, torch.device("cpu"))
+        found, whole = [], []
+        for images in range(0, 250 * 16, 16):
+            found.append(objective.dropped_classes(images)[0])
+            whole.append(objective.train.batch(tiny_run.seed, images, 16)[0])
+        classes, labels = torch.cat(found), torch.cat(whole)
+        is_dropped = classes == tiny_run.model.classes
+        assert float(is_dropped.double().mean()) == pytest.approx(rate, abs=4 * (rate * (1 - rate) / 4000) ** 0.5)
+        assert torch.equal(classes[~is_dropped], labels[~is_dropped])
 
 
 def test_phase_ends_are_kept_and_named(tiny_run: RunConfig, tmp_path: Path) -> None:

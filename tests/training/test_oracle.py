@@ -13,23 +13,11 @@ from orderlab.config_tasks import OracleTask
 from orderlab.data.tokens import TokenSet
 from orderlab.errors import UserError
 from orderlab.models.oracle import load_oracle
-from orderlab.runtime.files import read_json, write_json
 from orderlab.runtime.run import RunFolder
 from orderlab.training.loop import run
 from orderlab.training.oracle import OracleTraining, accuracy, shown_count
 from orderlab.training.tasks import objective_for
-from tests.conftest import make_token_set
 from tests.training.test_loop import assert_same_to_the_bit, in_process, losses, weights
-
-
-@pytest.fixture(scope="session")
-def coded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Synthetic token sets of a tokenizer that nobody names."""
-    folder = tmp_path_factory.mktemp("coded")
-    for split, images, views in (("train", 96, 2), ("validation", 40, 1)):
-        make_token_set(folder / split, images, seed=len(split), views=views)
-        write_json(folder / split / "meta.json", {**read_json(folder / split / "meta.json"), "tokenizer_hash": "unknown"})
-    return folder
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from orderlab.config import GPTConfig, RunConfig, StartConfig
 from orderlab.config_tasks import OracleUse, OrderHeadConfig, OrderHeadTask
 from orderlab.errors import UserError
 from orderlab.models.order_head import split
-from orderlab.models.ordered_gpt import OrderedGPT, load_ordered_gpt
+from orderlab.models.ordered_gpt import Ordered, OrderedGPT, load_ordered_gpt
 from orderlab.order.perm import rank
 from orderlab.runtime.run import RunFolder
 from orderlab.training import order_head
@@ -117,6 +117,46 @@ def test_penalty_and_alignment() -> None:
     ce_BT = torch.tensor([[1.0, 2.0, 3.0, 4.0]])  # position 3 is the likeliest and has the highest score
     assert float(alignment_loss(scores_BP, ce_BT, order_BT)) == pytest.approx(0.0, abs=1e-10)
     assert float(alignment_loss(-scores_BP, ce_BT, order_BT)) == pytest.approx(4.0, abs=1e-4)
+
+
+def loss_and_out(objective: Any, images_seen: int) -> tuple[float, Ordered]:
+    """The loss of a batch, and what the model gave for it."""
+    seen = []
+    loss = objective.loss(lambda *a, **named: seen.append(objective.model(*a, **named)) or seen[-1], objective.batch(images_seen))
+    return float(loss.detach()), seen[0]
+
+
+def test_alignment_and_penalty_are_added_with_their_weights(tiny_run: RunConfig, tmp_path: Path) -> None:
+    losses, outs = [], []
+    for changes in ({}, {"alignment": 0.5}, {"score_penalty": 0.2}):
+        objective = objective_for(ordered(tiny_run, dropout=False, **changes), tmp_path, torch.device("cpu"))
+        for seed, weight in enumerate((objective.model.gpt.output.weight, objective.model.order_head.head[2].weight)):
+            weight.data.normal_(std=1.0 + 9 * seed, generator=torch.Generator().manual_seed(seed))
+        loss, out = loss_and_out(objective, 0)
+        losses.append(loss)
+        outs.append(out)
+    alignment = float(alignment_loss(outs[0].scores_BP, per_token_ce(outs[0].logits_BTV, outs[0].tokens_BT), outs[0].order_BT).detach())
+    penalty = float(outs[0].scores_BP.detach().square().mean())
+    assert losses[1] - losses[0] == pytest.approx(0.5 * alignment, abs=1e-5)
+    assert losses[2] - losses[0] == pytest.approx(0.2 * penalty, abs=1e-5)
+    assert min(alignment, penalty) > 1e-2
+
+
+def test_the_scheduled_temperature_reaches_the_soft_mask(tiny_run: RunConfig, tmp_path: Path) -> None:
+    objective = objective_for(ordered(tiny_run, dropout=False), tmp_path, torch.device("cpu"))
+    assert objective.batch(480).temperature == pytest.approx(0.55)
+    _, out = loss_and_out(objective, 480)
+    torch.testing.assert_close(out.split.soft_BP, split(out.scores_BP, 4, 0.55).soft_BP)
+
+
+def test_states_have_neither_dropout_nor_gradient(tiny_run: RunConfig, tmp_path: Path) -> None:
+    objective = objective_for(ordered(tiny_run), tmp_path, torch.device("cpu"))
+    model, batch = objective.model.train(), objective.batch(0)
+    assert model.gpt.tok_dropout.p > 0
+    states = model.states(batch.classes_B, batch.tokens_BP)
+    assert model.gpt.training
+    assert not states.requires_grad
+    assert torch.equal(states, model.eval().states(batch.classes_B, batch.tokens_BP))
 
 
 def test_learned_orders_come_in_three_phases() -> None:

@@ -104,30 +104,3 @@ def test_what_is_wrong_with_a_batch_drawn_ahead_is_raised_where_it_is_used() -> 
 
     with pytest.raises(ValueError, match="at 32"):
         Batches(broken, slice(0, 1), torch.device("cpu"), 16, 64, is_ahead=True).at(32)  # pyrefly: ignore
-
-
-def test_a_step_reads_no_value_from_the_device(tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No `.item()`, `int()`, `float()` or `bool()` of a parameter-side tensor in a step: on a GPU each would wait for the queue."""
-    from orderlab.training.loop import Trainer
-
-    trainers: list[Trainer] = []
-    monkeypatch.setattr(Trainer, "train", lambda self: trainers.append(self) or "trained")
-    run(tiny_run, tmp_path / "a/seed0")
-    trainer, reads = trainers[0], []
-    local = trainer.batches.at(0)  # drawn on the CPU before
-    monkeypatch.setattr(trainer.batches, "at", lambda images: local)
-    ema = trainer.ema
-    assert ema is not None
-    for name in ("item", "__int__", "__float__", "__bool__", "__index__", "tolist"):
-        original = getattr(torch.Tensor, name)
-
-        def watched(tensor: torch.Tensor, *arguments: object, _original: object = original, _name: str = name) -> object:
-            if tensor is not ema.n_averaged and not (tensor.dtype == torch.bool and tensor.dim() == 0 and _name == "__bool__"):
-                reads.append((_name, tuple(tensor.shape)))
-            return _original(tensor, *arguments)  # type: ignore[operator]
-
-        monkeypatch.setattr(torch.Tensor, name, watched)
-    trainer._step()
-    trainer._step()
-    monkeypatch.undo()
-    assert reads == []
