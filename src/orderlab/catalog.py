@@ -159,7 +159,7 @@ class Scale:
     gpus: int = 1
     """Devices over which a global batch is divided."""
     micro_batch: int | None = None
-    compile: bool = False
+    compile: Literal["off", "blocks", "step"] = "off"
     sharding: str = "none"
     """How a run of several GPUs lies on them: see `RunConfig.sharding`."""
     pretrained: str = "raster-other-half"
@@ -475,7 +475,7 @@ SCALES: dict[str, Scale] = {
             hardware="1 GPU",
             sustained_tflops=20,
             memory_tbs=0.5,
-            compile=True,
+            compile="step",
             other_half=FASHION.edited(tokenizer="fashion-16x16", folder="fashion-mnist", train_images=30_000),
             order_head=OrderHeadConfig(dim=128, layers=3, heads=4, mlp_dim=512),
             oracle=OracleTask(layers=6, heads=6, dim=192, mlp_dim=768),
@@ -497,7 +497,7 @@ SCALES: dict[str, Scale] = {
             sustained_tflops=4 * H100_TFLOPS * UTILISATION,
             memory_tbs=4 * H100_TBS * 0.5,
             gpus=4,
-            compile=True,
+            compile="step",
             pretrained=C2I_B,
             finetune={"model": {"classes": 1000}, "data": {"classes": "imagenet-1k"}},  # labels take their rows of the 1,000, by WordNet id
             has_ema_rows=True,
@@ -518,7 +518,7 @@ SCALES: dict[str, Scale] = {
             sustained_tflops=4 * H100_TFLOPS * UTILISATION,
             memory_tbs=4 * H100_TBS * 0.5,
             gpus=4,
-            compile=True,
+            compile="step",
             pretrained=C2I_B,
             has_ema_rows=True,
         ),

@@ -180,14 +180,20 @@ class RunConfig(Frozen):
     """Share of labels replaced by the null class, for guidance."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast type of the matrix products; weights and residual stream stay fp32."""
-    compile: bool = False
-    """Compile each block (worth it on a GPU)."""
+    compile: Literal["off", "blocks", "step"] = "off"
+    """On a GPU: each block (ready in seconds), or forward pass and loss as one graph (faster; ready after a minute or more)."""
     sharding: Literal["none", "fsdp"] = "none"
     """Over several processes: copies of everything (DDP), or weights, gradients and moments split (FSDP2: GPT-XL and larger)."""
     validate_every: int = Field(0, ge=0)
     """Images between two validations; 0 validates at the end only."""
     checkpoint_every: int = Field(0, ge=0)
     """Images between two checkpoints for resuming; 0 keeps the last only."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _compile_was_a_flag(cls, value: object) -> object:
+        """Configs of before 0.2 say true or false."""
+        return {True: "blocks", False: "off"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _batch_divides(self) -> RunConfig:
@@ -215,9 +221,7 @@ class RunConfig(Frozen):
         return [run for run in dict.fromkeys(found) if run is not None]
 
 
-SAMPLERS = (
-    r"^(kv-cache|kv-cache-static|full-forward|fast|slow|(semifast|phases|best-of)-[1-9]\d*|unmask-(random|confidence|halton)-[1-9]\d*)$"
-)
+SAMPLERS = r"^(kv-cache|kv-cache-static|kv-cache-plain|full-forward|fast|slow|(semifast|phases|best-of)-[1-9]\d*|unmask-(random|confidence|halton)-[1-9]\d*)$"
 
 
 LEARNED, SHUFFLED, PARALLEL = "learned", "shuffled", "parallel"
@@ -238,7 +242,7 @@ class SampleConfig(Frozen):
     """Keep the k largest logits; 0 keeps all."""
     top_p: float = Field(1.0, gt=0, le=1)
     sampler: str = "kv-cache"
-    """kv-cache, kv-cache-static, full-forward; best-of-N; fast, slow, semifast-N, phases-N of an OrderHead; unmask-KIND-T."""
+    """kv-cache, kv-cache-static, kv-cache-plain, full-forward; best-of-N; fast, slow, semifast-N, phases-N of an OrderHead; unmask-KIND-T."""
     rescore: Literal["likelihood", "oracle"] = "likelihood"
     """What chooses among candidates: their mean log-likelihood, or the oracle's probability of the true class."""
     target: bool | None = None
@@ -253,7 +257,7 @@ class SampleConfig(Frozen):
     def _known_sampler(cls, sampler: str) -> str:
         if not re.fullmatch(SAMPLERS, sampler):
             raise ValueError(
-                "unknown sampler; expected kv-cache, kv-cache-static, full-forward, fast, slow, semifast-N, phases-N, best-of-N, "
+                "unknown sampler; expected kv-cache, kv-cache-static, kv-cache-plain, full-forward, fast, slow, semifast-N, phases-N, best-of-N, "
                 "unmask-random-T, unmask-confidence-T or unmask-halton-T, N and T at least 1"
             )
         return sampler

@@ -55,8 +55,8 @@ def training_cost(config: RunConfig, scale: Scale) -> dict[str, Any]:
     flops = training_flops(config) * config.images
     share = -(-config.batch // scale.gpus)
     micro = min(config.micro_batch or share, share)
-    memory = {"memory_gib": training_memory(config, micro, config.compile, scale.gpus) / GIB}
-    if scale.compile:  # counting a compiled block takes some seconds
+    memory = {"memory_gib": training_memory(config, micro, config.compile != "off", scale.gpus) / GIB}
+    if scale.compile != "off":  # counting a compiled block takes some seconds
         for how in ("without", "with"):
             memory[f"memory_gib_{how}_compile"] = training_memory(config, micro, how == "with", scale.gpus) / GIB
     ema = bool(config.optim.ema)

@@ -14,8 +14,6 @@ from orderlab.config_tasks import MaskedTask, OrderHeadConfig, OrderHeadTask
 from orderlab.models.gpt import GPT
 from orderlab.models.masked import MaskedModel
 from orderlab.models.order_head import ScoredOrdering
-from orderlab.order.masks import mask_counts
-from orderlab.runtime.keys import generator
 from orderlab.sampling.unmask import METHODS, reveal_counts
 
 
@@ -65,13 +63,12 @@ def block_parameters(config: GPTConfig) -> int:
 def training_flops(config: RunConfig) -> float:
     """FLOPs an image of training; a backward pass counts twice the forward pass.
 
-    A masked model's head sees masked tokens alone. An OrderHead adds its own pass and the raster pass whose states it scores; a
+    An OrderHead adds its own pass and the raster pass whose states it scores; a
     frozen body is spared its weights' gradients, and one that learns from the oracle alone is only looked at.
     """
     model, task = config.model, config.task
     if isinstance(task, MaskedTask):
-        masked = mask_counts(task.ratio, 10_000, model.positions, generator("cost")).double().mean()
-        return 3 * (masked_flops(model) + 2 * model.dim * model.vocabulary * float(masked))
+        return 3 * (masked_flops(model) + 2 * model.dim * model.vocabulary * model.positions)
     forward = forward_flops(model, model.positions)
     if not isinstance(task, OrderHeadTask):
         return 3 * forward

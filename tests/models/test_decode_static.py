@@ -1,17 +1,20 @@
-"""The decoder of fixed shapes: the tokens of the growing one, one graph for all steps, one set of buffers for all batches."""
+"""The decoder of fixed shapes: the tokens of the growing one, one step for all slots and batches, no copy of the cache."""
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from orderlab.config import GPTConfig
 from orderlab.models.decode import CachedDecoder
-from orderlab.models.decode_static import StaticDecoder, _decoders, static_decoder
+from orderlab.models.decode_static import StaticDecoder, block_step
 from orderlab.models.formats import merge_target
 from orderlab.models.gpt import GPT
 from orderlab.order.paths import path
-from orderlab.sampling.generate import generate
+from orderlab.order.perm import random_orders
+from orderlab.sampling.draw import image_uniforms
+from orderlab.sampling.generate import Drawing, StaticLoop, _loops, generate, static_loop
 from tests.models.test_decode import OnGPU
 
 CONFIG = GPTConfig(layers=3, heads=2, dim=16, grid=(4, 4), vocabulary=29, classes=5, ffn_hidden=48, target_embedding=True)
@@ -31,8 +34,35 @@ def test_the_same_tokens_as_the_growing_cache(order: str, guidance: float, targe
     for batch in (0, 1):  # the second batch takes the first one's buffers
         arguments = (gpt, torch.tensor([0, 3, 1]) + batch, path(order, 4, 4))
         options = {"seeds": [batch, 7, 9], "guidance": guidance, "target": target}
-        assert torch.equal(generate(*arguments, **options, sampler="kv-cache-static"), generate(*arguments, **options))  # pyrefly: ignore
-    assert len(_decoders[gpt]) == 1
+        static = generate(*arguments, **options, sampler="kv-cache-static")  # pyrefly: ignore
+        assert torch.equal(static, generate(*arguments, **options, sampler="kv-cache-plain"))  # pyrefly: ignore
+
+
+@pytest.mark.parametrize("options", [{"greedy": True}, {"top_k": 5, "top_p": 0.8, "temperature": 0.7}, {"guidance_schedule": "linear"}])
+def test_however_a_token_is_drawn(options: dict[str, object]) -> None:
+    gpt, orders = model(), random_orders(3, 16, torch.Generator().manual_seed(0))
+    plain, static = (
+        generate(gpt, torch.tensor([0, 3, 1]), orders, seeds=[4, 5, 6], guidance=2.0, sampler=sampler, **options)  # pyrefly: ignore
+        for sampler in ("kv-cache-plain", "kv-cache-static")
+    )
+    assert torch.equal(plain, static)
+
+
+def test_an_order_that_is_revised_on_the_way() -> None:
+    gpt = model()
+
+    def swap(t: int, order_BT: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor | None:
+        """Which two of the last steps come first depends on the token drawn last."""
+        if t != 9:
+            return None
+        swapped_BT = order_BT.clone()
+        swapped_BT[:, [10, 15]] = order_BT[:, [15, 10]]
+        return torch.where(tokens_BT[:, -1:] % 2 == 0, swapped_BT, order_BT)
+
+    arguments = (gpt, torch.tensor([0, 3, 1]), path("spiral", 4, 4))
+    options = {"seeds": [1, 2, 3], "guidance": 2.0, "target": True, "revise": swap}
+    plain, static = (generate(*arguments, **options, sampler=sampler) for sampler in ("kv-cache-plain", "kv-cache-static"))  # pyrefly: ignore
+    assert torch.equal(plain, static)
 
 
 @torch.inference_mode()
@@ -40,45 +70,112 @@ def test_the_same_logits_also_with_a_merged_table_and_an_order_an_image() -> Non
     gpt = merge_target(model(torch.float32), path("zigzag", 4, 4))
     orders = torch.stack([path("zigzag", 4, 4), path("random:1", 4, 4)])
     classes, tokens = torch.tensor([2, 4]), torch.randint(29, (2, 16), generator=torch.Generator().manual_seed(1))
-    growing, static = CachedDecoder(gpt, classes, orders, None), static_decoder(gpt, classes, orders, None)
+    growing, static = CachedDecoder(gpt, classes, orders, None), StaticDecoder(gpt, 2, None)
+    static.begin(gpt, classes, orders)
     for t in range(16):
-        previous = None if t == 0 else tokens[:, t - 1]
-        assert torch.allclose(growing.step(previous), static.step(previous), atol=1e-5)
+        previous = tokens[:, t - 1]
+        expected = growing.step(None if t == 0 else previous)
+        assert torch.allclose(expected, static.step(gpt, previous, torch.tensor([t]), 16 if t > 5 else t + 1), atol=1e-5)
+
+
+def block_arguments(gpt: GPT, live: int) -> tuple[object, ...]:
+    decoder = StaticDecoder(gpt, 2, False)
+    decoder.begin(gpt, torch.tensor([0, 1]), path("raster", 4, 4).expand(2, -1))
+    x_RD = torch.randn(2, CONFIG.dim, generator=torch.Generator().manual_seed(0))
+    rope_R1K2 = decoder.rope_SK2[torch.tensor([3, 3])][:, None]
+    return gpt.layers[0], decoder.w13[0], x_RD, x_RD, decoder.keys[0], decoder.values[0], rope_R1K2, torch.tensor([2]), live
 
 
 @torch.inference_mode()
-def test_one_graph_without_breaks_serves_every_step_and_batch() -> None:
+def test_one_graph_without_breaks_serves_every_block() -> None:
     from torch._dynamo.testing import CompileCounter
 
-    gpt, counter = model(torch.float32), CompileCounter()
     torch._dynamo.reset()
-    for batch in range(2):
-        decoder = static_decoder(gpt, torch.tensor([batch, 1]), path("spiral", 4, 4).expand(2, -1), True)
-        if batch == 0:
-            decoder.run = torch.compile(decoder.compute, backend=counter, fullgraph=True)
-        tokens = None
-        for _ in range(16):
-            tokens = decoder.step(tokens).argmax(-1)
+    gpt, counter = model(torch.float32), CompileCounter()
+    compiled: Callable[..., object] = torch.compile(block_step, backend=counter, fullgraph=True, dynamic=False)
+    for layer in gpt.layers:
+        compiled(layer, *block_arguments(gpt, 8)[1:])
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
 
-def test_a_decoder_goes_with_its_model() -> None:
+@torch.inference_mode()
+def test_the_compiler_writes_keys_and_values_in_place() -> None:
+    """No buffer of the generated code is as large as the keys of a layer."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    gpt = model(torch.float32)
+    arguments = block_arguments(gpt, 8)
+    expected = block_step(*arguments)  # pyrefly: ignore
+    found, (code,) = run_and_get_code(torch.compile(block_step, fullgraph=True, dynamic=False), *arguments)
+    torch.testing.assert_close(found, expected)
+    cache_elements = 2 * CONFIG.heads * CONFIG.positions * CONFIG.head_dim
+    assert largest_buffer(code) < cache_elements / 2
+    torch._dynamo.reset()
+
+
+def largest_buffer(code: str) -> int:
+    """Elements of the largest buffer that the compiler's wrapper allocates."""
+    import math
+    import re
+
+    shapes = re.findall(r"empty_strided\w*\(\(([\d, ]*)\)", code)
+    assert shapes, "the wrapper allocates nothing: its form has changed, and this test with it"
+    return max(math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in shapes)
+
+
+def test_on_a_gpu_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights here only say that they lie on a GPU."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append((function, options)) or function)
+    gpt = model(torch.float32)
+    assert StaticDecoder(gpt, 2, None).block is block_step
+    assert compiled == []
+    gpt.norm.weight = torch.nn.Parameter(gpt.norm.weight.detach().as_subclass(OnGPU))
+    StaticDecoder(gpt, 2, None)
+    assert compiled == [(block_step, {"dynamic": False})]
+
+
+@torch.inference_mode()
+def test_on_a_gpu_a_step_is_the_replay_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of each length is captured before the first step; here it is a call that notes its length."""
+    gpt, classes, order_BT = model(), torch.tensor([0, 3]), path("spiral", 4, 4).expand(2, -1)
+    replayed: list[int] = []
+
+    class Graph:
+        def __init__(self, loop: StaticLoop, live: int):
+            self.loop, self.live = loop, live
+
+        def replay(self) -> None:
+            replayed.append(self.live)
+            self.loop.advance(gpt, self.live)
+
+    monkeypatch.setattr(StaticLoop, "_capture", lambda loop, model: loop.graphs.update({n: Graph(loop, n) for n in (4, 8, 12, 16)}))
+    loop = static_loop(gpt, classes, order_BT, True, Drawing(1.0, 0, 1.0, False), 2)
+    loop.slot = loop.slot.as_subclass(OnGPU)
+    tokens_BT = loop.run(gpt, image_uniforms([5, 6], 16), [1.0] * 16)
+    plain = generate(gpt, classes, order_BT, seeds=[5, 6], target=True, sampler="kv-cache-plain")
+    assert torch.equal(tokens_BT.as_subclass(torch.Tensor), plain.gather(1, order_BT))
+    assert replayed == [4] * 4 + [8] * 4 + [12] * 4 + [16] * 4
+
+
+def test_a_loop_goes_with_its_model() -> None:
     gpt = model()
     generate(gpt, torch.tensor([1]), path("raster", 4, 4), seeds=[0], sampler="kv-cache-static")
-    before = len(_decoders)
+    before = len(_loops)
     del gpt
     gc.collect()
-    assert len(_decoders) == before - 1
+    assert len(_loops) == before - 1
 
 
-def test_on_a_gpu_the_step_is_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled whole, with what lies at fixed addresses marked; the weights here only say that they lie on a GPU."""
-    modes = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: modes.append(options) or function)
-    gpt = model(torch.float32)
-    gpt.norm.weight = torch.nn.Parameter(gpt.norm.weight.detach().as_subclass(OnGPU))
-    decoder = StaticDecoder(gpt, 2, None)
-    assert decoder.is_graph
-    assert modes == [{"mode": "reduce-overhead", "fullgraph": True}]
-    assert not StaticDecoder(model(torch.float32), 2, None).is_graph
+def test_weights_that_moved_or_changed_are_seen() -> None:
+    gpt = model()
+    arguments, options = (gpt, torch.tensor([1, 2]), path("raster", 4, 4)), {"seeds": [0, 1], "guidance": 2.0}
+    generate(*arguments, **options, sampler="kv-cache-static")  # pyrefly: ignore
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.mul_(1.1)
+    for changed in (gpt, gpt.float()):
+        static = generate(changed, *arguments[1:], **options, sampler="kv-cache-static")  # pyrefly: ignore
+        assert torch.equal(static, generate(changed, *arguments[1:], **options, sampler="kv-cache-plain"))  # pyrefly: ignore

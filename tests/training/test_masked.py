@@ -40,7 +40,7 @@ def test_parts_of_a_batch_add_up_to_the_mean_over_its_masked_tokens(tiny_run: Ru
     model.output.weight.data.normal_(generator=torch.Generator().manual_seed(0))
     batch = task.batch(320)
     logits = model(batch.classes_B, batch.tokens_BP, batch.is_masked_BP)
-    mean = F.cross_entropy(logits, batch.tokens_BP[batch.is_masked_BP])
+    mean = F.cross_entropy(logits[batch.is_masked_BP], batch.tokens_BP[batch.is_masked_BP])
     torch.testing.assert_close(task.loss(model, batch), mean)
     parts = [batch.part(slice(start, start + 4)) for start in range(0, 16, 4)]
     assert len({int(part.is_masked_BP.sum()) for part in parts}) > 1

@@ -80,7 +80,7 @@ def run(
 def _config(recipe: str, model_name: str, batch: int, precision: str, folder: Path) -> RunConfig:
     """The recipe at a scale, or in the size of a preset, from fresh weights on made-up tokens."""
     is_scale = model_name in SCALES
-    config = resolve(recipe, model_name if is_scale else "paper-1k", batch=batch, precision=precision, micro_batch=None, compile=False)
+    config = resolve(recipe, model_name if is_scale else "paper-1k", batch=batch, precision=precision, micro_batch=None, compile="off")
     sizes = {} if is_scale else PRESETS[model_name].model_dump(include={"layers", "heads", "dim"})
     model = config.model.edited(**sizes)
     _write_tokens(folder, model)

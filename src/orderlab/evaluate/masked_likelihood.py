@@ -42,7 +42,7 @@ def nll_by_steps(model: MaskedModel, classes_B: Tensor, tokens_BP: Tensor, order
 def masked_nll(model: MaskedModel, classes_B: Tensor, tokens_BP: Tensor, is_masked_BP: Tensor) -> Tensor:
     """-log p of each masked token given the visible ones, 0 where a token is visible: [B, P]. Dropout is off."""
     with model.evaluating():
-        logits_MV = model(classes_B, tokens_BP, is_masked_BP)
+        logits_MV = model.head(model.hidden(classes_B, tokens_BP, is_masked_BP)[is_masked_BP])
     nll_M = F.cross_entropy(logits_MV, tokens_BP[is_masked_BP], reduction="none")
     return torch.zeros_like(is_masked_BP, dtype=nll_M.dtype).masked_scatter(is_masked_BP, nll_M)
 

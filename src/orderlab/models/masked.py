@@ -5,7 +5,7 @@ predicts the token of its own position, so what is asked for is always in the in
 with the RoPE rows of their positions. Parameters: the causal GPT's and one row more, the mask token; 110,889,216 for GPT-B.
 """
 
-# B batch · P grid position · M masked tokens of a batch · V codebook · D width
+# B batch · P grid position · V codebook · D width
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from orderlab.models.backbone import Backbone
 
 
 class MaskedModel(Backbone):
-    """`model(classes_B, tokens_BP, is_masked_BP) -> logits_MV`: logits of the masked positions alone, image by image in raster order.
+    """`model(classes_B, tokens_BP, is_masked_BP) -> logits_BPV`: logits of every position; those of masked ones are predictions.
 
-    `tokens_BP` are in grid space; what stands at a masked position is never read.
+    `tokens_BP` are in grid space; what stands at a masked position is never read. Logits of the masked positions alone would spare
+    a third of the head, but how many there are is known on the device alone: every step would wait for it.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0, device: str | torch.device = "cpu"):
@@ -33,8 +34,7 @@ class MaskedModel(Backbone):
         return self.config.vocabulary
 
     def forward(self, classes_B: Tensor, tokens_BP: Tensor, is_masked_BP: Tensor) -> Tensor:
-        rows_M = is_masked_BP.flatten().nonzero().squeeze(1)
-        return self.head(self.hidden(classes_B, tokens_BP, is_masked_BP).flatten(0, 1).index_select(0, rows_M))
+        return self.head(self.hidden(classes_B, tokens_BP, is_masked_BP))
 
     def hidden(self, classes_B: Tensor, tokens_BP: Tensor, is_masked_BP: Tensor) -> Tensor:
         """The final-norm hidden state of every position: [B, P, D]."""

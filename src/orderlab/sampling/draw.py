@@ -36,8 +36,8 @@ def guidance_scales(guidance: float, schedule: str, steps: int) -> list[float]:
     raise UserError(f"unknown guidance schedule '{schedule}'; expected one of {', '.join(GUIDANCE_SCHEDULES)}")
 
 
-def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float) -> Tensor:
-    """uncond + s (cond - uncond) on raw logits (LlamaGen)."""
+def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float | Tensor) -> Tensor:
+    """uncond + s (cond - uncond) on raw logits (LlamaGen); a tensor `scale` is of the logits' type."""
     return torch.lerp(unconditional_BV, conditional_BV, scale)
 
 

@@ -1,8 +1,9 @@
 """Generate images in any order: the KV-cache sampler and, beside it, the full-forward sampler it must equal.
 
-One loop, two decoders. A decoder answers `step(tokens_of_the_last_step) -> logits of the next`; the loop combines the
-guidance branches and draws one token per image from that image's own uniforms, so image 17 is image 17 whatever the batch,
-the sampler or the number of processes.
+A decoder answers the logits of the next step; the loop combines the guidance branches and draws one token per image from that
+image's own uniforms, so image 17 is image 17 whatever the batch, the sampler or the number of processes. On a GPU the whole step
+(embedding, trunk, guidance, draw) is captured once and replayed (`StaticLoop`): from Python its 250 kernels take ten times longer
+to launch than to run. The plain loop is the reference on every device.
 """
 
 # B batch · R rows (B, or 2B under guidance: conditional, then null class) · P grid position · T generation step · V codebook
@@ -10,7 +11,8 @@ the sampler or the number of processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 from orderlab.errors import UserError
 from orderlab.models.backbone import Backbone
 from orderlab.models.decode import CachedDecoder
-from orderlab.models.decode_static import static_decoder
+from orderlab.models.decode_static import StaticDecoder
 from orderlab.models.gpt import GPT
 from orderlab.order.perm import as_batch, to_grid
 from orderlab.sampling.draw import check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
@@ -51,11 +53,21 @@ class FullForwardDecoder:
         return self.model.head(torch.cat([self.model.hidden(*part, target=self.target)[:, -1] for part in parts]))
 
 
-DECODERS: dict[str, Callable[..., Decoder]] = {
-    "kv-cache": CachedDecoder,
-    "kv-cache-static": static_decoder,
-    "full-forward": FullForwardDecoder,
-}
+DECODERS: dict[str, Callable[..., Decoder]] = {"kv-cache-plain": CachedDecoder, "full-forward": FullForwardDecoder}
+SAMPLERS = ("kv-cache", "kv-cache-static", *DECODERS)
+CAPTURED_LENGTHS = 4  # a step over a quarter, half, three quarters or all of the cache
+
+
+class Drawing(NamedTuple):
+    """How a token is drawn from logits."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    is_greedy: bool
+
+    def draw(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+        return draw_tokens(logits_BV, None if self.is_greedy else uniform_B, self.temperature, self.top_k, self.top_p)
 
 
 @torch.inference_mode()
@@ -70,7 +82,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     greedy: bool = False,
-    sampler: Literal["kv-cache", "kv-cache-static", "full-forward"] = "kv-cache",
+    sampler: Literal["kv-cache", "kv-cache-static", "kv-cache-plain", "full-forward"] = "kv-cache",
     target: bool | None = None,
     guidance_schedule: Literal["none", "linear", "power-cosine"] = "none",
     revise: Revise | None = None,
@@ -81,9 +93,10 @@ def generate(
     `seeds` are B ints, one per image: the same seed gives the same image in any batch. `guidance` is classifier-free
     guidance on raw logits, uncond + s (cond - uncond), off at 1 or less; `top_k` 0 and `top_p` 1 keep everything;
     `target` feeds the target-aware embedding (None: as the model was configured). "kv-cache" costs one token per step for
-    any order; "kv-cache-static" is the same in fixed shapes, for CUDA graphs; "full-forward" recomputes the prefix and gives the same tokens.
+    any order: on a GPU it is "kv-cache-static" (fixed shapes, each step the replay of a CUDA graph), elsewhere "kv-cache-plain"
+    (the cache grows); "full-forward" recomputes the prefix. All give the same tokens.
     `revise(t, order_BT, tokens_BT)` is asked before each step for the order from there on, given the t tokens drawn so far in step
-    space; None leaves it (kv-cache and full-forward only). No argument is changed.
+    space; None leaves it. No argument is changed.
     Raises `UserError` for arguments that do not fit the model.
     """
     device = model.norm.weight.device
@@ -93,11 +106,16 @@ def generate(
     classes_R = torch.cat([classes_B, torch.full_like(classes_B, model.null_class)]) if is_guided else classes_B
     order_RT = order_BT.repeat(2 if is_guided else 1, 1)
     scales = guidance_scales(guidance, guidance_schedule, model.config.positions)
+    drawing = Drawing(temperature, top_k, top_p, greedy)
+    before = None if revise is None else Revision(revise, order_BT, order_RT)
+    is_static = sampler == "kv-cache-static" or (sampler == "kv-cache" and device.type == "cuda")
     with model.evaluating():
-        decoder = DECODERS[sampler](model, classes_R.to(device), order_RT, target)
-        uniforms = None if greedy else uniforms_BT.to(device)
-        before = None if revise is None else Revision(revise, order_BT, order_RT)
-        tokens_BT = _decode(decoder, uniforms, scales if is_guided else None, temperature, top_k, top_p, before)
+        if is_static:
+            loop = static_loop(model, classes_R.to(device), order_RT, target, drawing, len(classes_B))
+            tokens_BT = loop.run(model, uniforms_BT.to(device), scales, before)
+        else:
+            decoder = DECODERS["kv-cache-plain" if sampler == "kv-cache" else sampler](model, classes_R.to(device), order_RT, target)
+            tokens_BT = _decode(decoder, uniforms_BT.to(device), scales if is_guided else None, drawing, before)
     return to_grid(tokens_BT, order_BT).to(torch.as_tensor(order).device)
 
 
@@ -115,16 +133,8 @@ class Revision:
             self.order_RT.copy_(revised_BT.repeat(len(self.order_RT) // len(revised_BT), 1))
 
 
-def _decode(
-    decoder: Decoder,
-    uniforms_BT: Tensor | None,
-    scales: list[float] | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    before: Revision | None = None,
-) -> Tensor:
-    """Step through one generation: tokens [B, T] in step space. `scales` is None without guidance, `uniforms_BT` None for argmax."""
+def _decode(decoder: Decoder, uniforms_BT: Tensor, scales: list[float] | None, drawing: Drawing, before: Revision | None = None) -> Tensor:
+    """Step through one generation: tokens [B, T] in step space. `scales` is None without guidance."""
     tokens_TB: list[Tensor] = []
     tokens_R = None
     for t in range(decoder.steps):
@@ -134,10 +144,91 @@ def _decode(
         if scales is not None:
             conditional_BV, unconditional_BV = logits_BV.chunk(2)
             logits_BV = guide(conditional_BV, unconditional_BV, scales[t])
-        tokens_B = draw_tokens(logits_BV, None if uniforms_BT is None else uniforms_BT[:, t], temperature, top_k, top_p)
+        tokens_B = drawing.draw(logits_BV, uniforms_BT[:, t])
         tokens_TB.append(tokens_B)
         tokens_R = tokens_B if scales is None else tokens_B.repeat(2)
     return torch.stack(tokens_TB, dim=1)
+
+
+class StaticLoop:
+    """The same in fixed shapes: all that a step reads or writes stays where it is, so a step is one replay of a CUDA graph.
+
+    One graph is captured for each of a few lengths of the cache. Elsewhere than on a GPU the step runs as it is.
+    """
+
+    def __init__(self, model: GPT, rows: int, images: int, target: bool | None, drawing: Drawing):
+        self.decoder, self.drawing, self.is_guided = StaticDecoder(model, rows, target), drawing, rows > images
+        self.positions, device = model.config.positions, model.norm.weight.device
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.tokens_BT = self.slot.new_zeros(images, self.positions)
+        self.tokens_R = self.slot.new_zeros(rows)
+        self.uniforms_BT = torch.zeros(images, self.positions, dtype=torch.float64, device=device)
+        self.scales_T = torch.zeros(self.positions, dtype=model.rope_dtype, device=device)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def run(self, model: GPT, uniforms_BT: Tensor, scales: list[float], before: Revision | None = None) -> Tensor:
+        """One generation: tokens [B, T] in step space. The decoder has begun it."""
+        if self.slot.is_cuda and not self.graphs:
+            self._capture(model)
+        self.uniforms_BT.copy_(uniforms_BT)
+        self.scales_T.copy_(torch.tensor(scales))
+        self.slot.zero_()
+        for t in range(self.positions):
+            if before is not None:
+                before(t, list(self.tokens_BT[:, :t].unbind(1)))
+                self.decoder.order_RT.copy_(before.order_RT)
+            live = self._live(t)
+            if self.graphs:
+                self.graphs[live].replay()
+            else:
+                self.advance(model, live)
+        return self.tokens_BT.clone()
+
+    def advance(self, model: GPT, live: int) -> None:
+        """One step: logits, guidance, draw; the token is written and the slot moves on."""
+        logits_BV = self.decoder.step(model, self.tokens_R, self.slot, live)
+        if self.is_guided:
+            conditional_BV, unconditional_BV = logits_BV.chunk(2)
+            logits_BV = guide(conditional_BV, unconditional_BV, self.scales_T.index_select(0, self.slot))
+        tokens_B = self.drawing.draw(logits_BV, self.uniforms_BT.index_select(1, self.slot)[:, 0])
+        self.tokens_BT.index_copy_(1, self.slot, tokens_B[:, None])
+        self.tokens_R.copy_(tokens_B.repeat(2) if self.is_guided else tokens_B)
+        self.slot += 1
+
+    def _live(self, t: int) -> int:
+        """The captured length that holds slot t."""
+        stride = -(-self.positions // CAPTURED_LENGTHS)
+        return min(self.positions, (t // stride + 1) * stride)
+
+    def _capture(self, model: GPT) -> None:
+        """Run each length twice beside the main stream (compilation, libraries' workspaces), then capture it."""
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        for live in sorted({self._live(t) for t in range(self.positions)}):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), torch._dynamo.config.patch(recompile_limit=1000):
+                for _ in range(2):
+                    self.slot.zero_()
+                    self.advance(model, live)
+                self.slot.zero_()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graphs[live] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[live], pool=pool, stream=stream):
+                self.advance(model, live)
+
+
+_loops: WeakKeyDictionary[GPT, tuple[object, StaticLoop]] = WeakKeyDictionary()
+
+
+def static_loop(model: GPT, classes_R: Tensor, order_RT: Tensor, target: bool | None, drawing: Drawing, images: int) -> StaticLoop:
+    """The model's loop for so many rows, begun: the last one where it fits, for its graphs and its cache serve every batch."""
+    weights = tuple((weight.data_ptr(), weight.dtype) for weight in model.parameters())  # a graph reads these very addresses
+    key = (len(classes_R), images, target, drawing, weights)
+    if model not in _loops or _loops[model][0] != key:
+        _loops.pop(model, None)  # its memory goes before the next one's comes
+        _loops[model] = key, StaticLoop(model, len(classes_R), images, target, drawing)
+    loop = _loops[model][1]
+    loop.decoder.begin(model, classes_R, order_RT)
+    return loop
 
 
 def _check(
@@ -146,8 +237,8 @@ def _check(
     """Refuse what does not fit; returns the classes [B] and one uniform per (image, step) [B, T]."""
     if not isinstance(model, GPT):
         raise UserError(f"generate takes a causal GPT, not a {type(model).__name__}; a masked model generates with unmask")
-    if sampler not in DECODERS:
-        raise UserError(f"unknown sampler '{sampler}'; expected one of {', '.join(DECODERS)}")
+    if sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler '{sampler}'; expected one of {', '.join(SAMPLERS)}")
     check_drawing(temperature, top_k, top_p)
     return check_images(model, classes, seeds), image_uniforms(seeds, model.config.positions)
 

@@ -43,7 +43,7 @@ def method_for(model: ImageModel, config: SampleConfig, rescore: Rescore | None 
     if name == "best-of":
         orders = lambda seeds: _orders(config.order, gpt, seeds, number)  # noqa: E731
         return lambda classes_B, seeds: semifast.best_of(gpt, classes_B, seeds, orders(seeds), number, rescore, target, **options)
-    if name not in ("kv-cache", "kv-cache-static", "full-forward"):
+    if name not in ("kv-cache", "kv-cache-static", "kv-cache-plain", "full-forward"):
         raise UserError(f"sampler {config.sampler} does not make images in order '{config.order}'; use kv-cache, or order {LEARNED}")
 
     def plain(classes_B: Tensor, seeds: Sequence[int]) -> Made:

@@ -28,7 +28,7 @@ from orderlab.runtime.run import RunFolder, StopSignal
 from orderlab.training.ahead import Batches
 from orderlab.training.objectives import Objective
 from orderlab.training.optim import adamw, learning_rate, moving_average
-from orderlab.training.parallel import accumulating, is_sharded, prepare, whole_state
+from orderlab.training.parallel import Loss, accumulating, is_sharded, prepare, whole_state
 from orderlab.training.start import load_start
 from orderlab.training.tasks import objective_for
 
@@ -75,7 +75,7 @@ class Trainer:
         state = read_state(self.state_file) if self.state_file.exists() else None
         if state is not None:
             state.load_weights(self.model, self.ema)
-        self.forward = prepare(self.model, self.ema, config, here)
+        self.loss = prepare(Loss(self.model, objective.loss), self.ema, config, here)
         self.optimizer = adamw(self.model, config.optim, objective.rate_scales)
         if state is not None:
             state.load_moments(self.model, self.optimizer)
@@ -129,14 +129,14 @@ class Trainer:
         share = self.rows.stop - self.rows.start
         micro_steps = -(-share // self.micro_batch)
         loss_sum = torch.zeros_like(self.loss_sum)
-        self.forward.train()
+        self.loss.train()
         for micro_step in range(micro_steps):
             torch.manual_seed(key("dropout", config.seed, self.images, here.rank, micro_step))
             rows = slice(micro_step * self.micro_batch, (micro_step + 1) * self.micro_batch)
             part = local.part(rows)
-            with accumulating(self.forward, is_last=micro_step == micro_steps - 1):
+            with accumulating(self.loss, is_last=micro_step == micro_steps - 1):
                 with autocast(config.precision, here.device):
-                    loss = self.objective.loss(self.forward, part) * (len(part.classes_B) / share)
+                    loss = self.loss(part) * (len(part.classes_B) / share)
                 loss.backward()
             loss_sum += loss.detach()
         self.grad_norms = self.objective.clip()

@@ -4,7 +4,7 @@ The loss is the mean cross-entropy over all masked tokens of the global batch, w
 image carries the weight that its masked tokens have there. No label smoothing, so that the loss is a likelihood.
 """
 
-# B batch · P grid position · M masked tokens of a batch
+# B batch · P grid position · V codebook
 
 from __future__ import annotations
 
@@ -61,10 +61,9 @@ class Masked(Objective[MaskedModel]):
         )
 
     def loss(self, forward: Callable[..., Tensor], batch: MaskedBatch) -> Tensor:
-        logits_MV = forward(batch.classes_B, batch.tokens_BP, batch.is_masked_BP)
-        nll_M = F.cross_entropy(logits_MV, batch.tokens_BP[batch.is_masked_BP], reduction="none")
-        weight_M = batch.weight_B[:, None].expand_as(batch.is_masked_BP)[batch.is_masked_BP]
-        return (nll_M * weight_M).sum() / len(batch.classes_B)
+        logits_BPV = forward(batch.classes_B, batch.tokens_BP, batch.is_masked_BP)
+        nll_BP = F.cross_entropy(logits_BPV.flatten(0, 1), batch.tokens_BP.flatten(), reduction="none").view(batch.tokens_BP.shape)
+        return (nll_BP * batch.is_masked_BP * batch.weight_B[:, None]).sum() / len(batch.classes_B)
 
     def validate(self) -> dict[str, float]:
         """NLL per token averaged over random orders, on the validation images and on as many training images."""

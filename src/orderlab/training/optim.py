@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -53,17 +53,25 @@ def ema_decay(limit: float, updates: int, steps: int) -> float:
 
 
 def moving_average(model: nn.Module, config: RunConfig) -> AveragedModel | None:
-    """The averaged copy of the weights, or None when `optim.ema` is 0.
+    """The averaged copy of the weights, or None when `optim.ema` is 0."""
+    return MovingAverage(model, config) if config.optim.ema else None
 
-    NOTE: the number of updates is read from the buffer, which lies on the CPU: torch hands over a copy on the GPU, and asking
-    that for its value would wait for every step.
+
+class MovingAverage(AveragedModel):
+    """Torch's averaged model with one difference: the number of updates stays on the CPU, where reading it waits for nothing.
+
+    Torch's own copies it to the GPU at every update, and waits there for the step.
     """
-    if not config.optim.ema:
-        return None
 
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
-        decay = ema_decay(config.optim.ema, int(average.n_averaged), config.steps)
-        torch._foreach_lerp_(local(averaged), local(current), 1 - decay)
+    def __init__(self, model: nn.Module, config: RunConfig):
+        super().__init__(model)
+        self.limit, self.steps = config.optim.ema, config.steps
 
-    average = AveragedModel(model, multi_avg_fn=update)
-    return average
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move every weight towards the model's; the first update copies them."""
+        updates = int(self.n_averaged)
+        averaged, current = local(list(self.module.parameters())), local(list(model.parameters()))
+        share = 1.0 - ema_decay(self.limit, updates, self.steps) if updates else 1.0
+        torch._foreach_lerp_(averaged, current, share)
+        self.n_averaged += 1
