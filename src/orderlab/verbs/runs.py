@@ -52,7 +52,8 @@ def train(
         "data.folder": data and str(data),
         "start.file": start and str(start),
     }
-    config = catalog.resolve(catalog.run_named(row), scale, seed, **{name: value for name, value in asked.items() if value is not None})
+    run = catalog.run_named(row, catalog.scale_named(scale))
+    config = catalog.resolve(run, scale, seed, **{name: value for name, value in asked.items() if value is not None})
     if dry_run:
         from orderlab.cost import training_cost
 
