@@ -56,7 +56,7 @@ def keep_per_image(run: Path, name: str, values: Mapping[str, np.ndarray]) -> st
     return place
 
 
-def read_per_image(run: Path, place: str | None, quantity: str, n: int | None, error: float | None) -> np.ndarray | None:
+def read_per_image(run: Path, place: str | None, quantity: str, n: int, error: float | None) -> np.ndarray | None:
     """The array of one quantity, float64 [N]; None where it was not kept, is damaged, or does not give the error of its record."""
     if place is None or error is None:
         return None
