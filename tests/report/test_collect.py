@@ -80,14 +80,14 @@ def test_what_each_image_adds_is_read_back_where_it_gives_the_recorded_error(tmp
 
 def test_the_device_is_the_one_that_made_the_images(tmp_path: Path) -> None:
     rows = [catalog.row_named(f"2-in100/{name}") for name in ("zigzag", "spiral", "reverse")]
-    assert collect(rows, SMOKE, tmp_path, 0).device == ""
+    assert collect(rows, SMOKE, tmp_path, 0).device == "no images yet"
     for row, meta in zip(rows, ({"device": "NVIDIA H100", "precision": "float32"}, {"device": "NVIDIA H100", "precision": "float32"}, {})):
         own = variants(row, SMOKE, 0)[0]
         folder = tmp_path / f"{row.run}@smoke/seed0/samples" / sample_name(own.sample, own.checkpoint)
         folder.mkdir(parents=True)
         (folder / "sample.json").write_text(json.dumps(meta))
     assert _measured_on(rows[:2], SMOKE, tmp_path, 0) == "images generated on NVIDIA H100 in float32"
-    said = "images generated on NVIDIA H100 in float32 (2 rows); device not recorded (1 rows)"
+    said = "images generated on NVIDIA H100 in float32 (2 of 3 rows); device not recorded (1 of 3 rows)"
     assert _measured_on(rows, SMOKE, tmp_path, 0) == said
 
 
@@ -115,3 +115,10 @@ def test_training_losses_stand_by_phase_beside_the_studys(tmp_path: Path) -> Non
     own = next(t for t in data.tables if t.id == "5-fair").rows[0]
     assert own.metrics["training loss"] == training.metrics["loss, path phase"]
     assert [phase.name for phase in data.runs[0].phases] == ["random", "anneal", "raster"]
+
+
+def test_all_rows_are_collected_before_anything_was_trained(tmp_path: Path) -> None:
+    """`orderlab report --rows all` beside a run or two: what is missing is empty, also where a learned order's pictures would stand."""
+    data = collect(catalog.rows_named(["all"], SMOKE), SMOKE, tmp_path, 0)
+    assert sum(len(table.rows) for table in data.tables) == len(catalog.ROWS)
+    assert data.galleries == []

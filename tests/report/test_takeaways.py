@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from orderlab.report.collect import over_seeds
 from orderlab.report.data import ReportData, Row, Table, Value
 from orderlab.report.summary import headline
 from orderlab.report.takeaways import margin_of_the_study, takeaways
-from orderlab.report.verdicts import AGREE, DISAGREE, NO_VERDICT, UNDECIDED, all_of, contrast, difference, is_lower
+from orderlab.report.verdicts import AGREE, DISAGREE, NO_VERDICT, UNDECIDED, all_of, contrast, difference, is_lower, over_seeds
 
 RAR, RASTER = "5-fair/rar-300", "5-fair/raster-300"
 

@@ -4,11 +4,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ from orderlab.report.data import (
 from orderlab.report.data import Row as ReportRow
 from orderlab.report.images import png_bytes, sample_grid
 from orderlab.report.learned import gallery
+from orderlab.report.verdicts import over_seeds
 from orderlab.runtime.files import read_json, write_atomically
 from orderlab.runtime.run import RunFolder, code_version
 from orderlab.sampling.sample import SampleSet, sample_name
@@ -91,11 +91,12 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
 
 
 def _intro(table: str, scale: Scale) -> str:
+    seen = "has not seen" if scale.other_half else "saw among ImageNet-1K's"
     intros = {
         "2-in100": "One raster-trained model, its weights frozen; only the order of generation changes.",
         "2-in1k": "The study repeats the comparison with the released ImageNet-1K checkpoint.",
         "3-fixed": "Each model is trained from scratch in one order and generates in the same order.",
-        "3-finetune": "Raster training goes on from a pretrained model, on images it has not seen: all of it, or its last blocks.",
+        "3-finetune": f"Raster training goes on from a pretrained model, on images it {seen}: all of it, or its last blocks.",
         "ours-finetune": "What the fine-tunes start from, and a last-block fine-tune whose class rows are drawn anew.",
         "ours-schedule": "Names give the shares of training, in per cent, at which the anneal starts and ends.",
         "4-random-v1": "A fresh random order for each image and step, the position asked for not told.",
@@ -192,14 +193,6 @@ def _nll(row: Row, scale: Scale, runs: Path, seed: int, order: str | None = None
     return over_seeds(by_seed) if by_seed else None
 
 
-def over_seeds(by_seed: dict[int, Value]) -> Value:
-    """The number of the only seed, or the mean over seeds with the standard error of that mean; each seed's own beside it."""
-    first, numbers = next(iter(by_seed.values())), [value.value for value in by_seed.values()]
-    if len(numbers) == 1:
-        return replace(first, by_seed=by_seed)
-    return Value(mean(numbers), stdev(numbers) / len(numbers) ** 0.5, first.n, first.n_reference, len(numbers), by_seed)
-
-
 def _headline_variants(rows: list[Row], scale: Scale, runs: Path, seed: int) -> list[Table]:
     """Headline rows at every guidance scale and with averaged weights; no table where none was scored."""
     entries = [
@@ -282,10 +275,8 @@ def _measured_on(rows: list[Row], scale: Scale, runs: Path, seed: int) -> str:
             meta = read_json(file)
             place = " in ".join(str(meta[key]) for key in ("device", "precision") if meta.get(key)) or "device not recorded"
             found[place] = found.get(place, 0) + 1
-    if not found:
-        return ""
-    counted = list(found) if len(found) == 1 else [f"{place} ({count} rows)" for place, count in found.items()]
-    return f"images generated on {'; '.join(counted)}"
+    counted = list(found) if len(found) == 1 else [f"{place} ({count} of {sum(found.values())} rows)" for place, count in found.items()]
+    return f"images generated on {'; '.join(counted)}" if found else "no images yet"
 
 
 def _images(folder: RunFolder, name: str, count: int) -> np.ndarray | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
 import numpy as np
@@ -52,6 +52,14 @@ class Contrast:
 
     def __str__(self) -> str:
         return f"{self.value:+.2g}, 95 % interval {self.low:+.2g} to {self.high:+.2g} ({self.basis})"
+
+
+def over_seeds(by_seed: dict[int, Value]) -> Value:
+    """The number of the only seed, or the mean over seeds with the standard error of that mean; each seed's own beside it."""
+    first, numbers = next(iter(by_seed.values())), [value.value for value in by_seed.values()]
+    if len(numbers) == 1:
+        return replace(first, by_seed=by_seed)
+    return Value(mean(numbers), stdev(numbers) / len(numbers) ** 0.5, first.n, first.n_reference, len(numbers), by_seed)
 
 
 def difference(a: Value, b: Value) -> Contrast | None:
