@@ -46,7 +46,8 @@ def launch(
     from orderlab.reproduce import job_plans, work
     from orderlab.runtime.launch import Settings, sbatch_script, submit
 
-    chosen, known = catalog.rows_named(rows), catalog.scale_named(scale)
+    known = catalog.scale_named(scale)
+    chosen = catalog.rows_named(rows, known)
     if not all(seed.isdigit() for seed in seeds.split(",")):
         raise UserError(f"--seeds {seeds}: expected numbers with commas between, such as 0,1,2")
     plans = [plan for seed in seeds.split(",") for plan in job_plans(chosen, known, runs.absolute(), int(seed), data, start)]
