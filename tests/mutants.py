@@ -62,7 +62,7 @@ TRAINING = [
     Mutant("waiting for the device in a step", "training/loop.py", "training/test_waiting.py::test_a_step_never_waits_for_the_device",
            "loss_sum += loss.detach()", "loss_sum += loss.detach()\n            if torch.isnan(loss):\n                pass"),
     Mutant("waiting for the device in the clip", "training/parallel.py", "training/test_waiting.py::test_a_step_never_waits_for_the_device",
-           "return whole(nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit))", "return whole(nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit, error_if_nonfinite=True))"),
+           "clip_grad_norm_(trained, limit)", "clip_grad_norm_(trained, limit, error_if_nonfinite=True)"),
     Mutant("images per second inverted", "training/loop.py", "training/test_loop.py::test_a_records_speed_is_images_over_seconds",
            "steps * self.config.batch / self.seconds", "self.seconds / (steps * self.config.batch)"),
     Mutant("micro-batches weigh too much", "training/loop.py", "training/test_loop.py::test_accumulation_equals_the_whole_batch[fp32]",
