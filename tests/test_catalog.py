@@ -59,3 +59,30 @@ def test_the_shortest_names_give_the_rows_back() -> None:
 def test_rows_are_found_by_table_run_and_id_in_catalogue_order() -> None:
     ids = [row.id for row in catalog.rows_named(["3-fixed/zigzag", "2-in1k", "fixed-spiral"])]
     assert ids == [row.id for row in catalog.ROWS if row.table == "2-in1k" or row.id in ("3-fixed/zigzag", "3-fixed/spiral")]
+
+
+@pytest.mark.parametrize("scale", ["paper-1k", "paper-1k-L"])
+def test_rows_of_the_released_checkpoint_take_it_as_it_is(scale: str) -> None:
+    """The study drew its IN-1K raster rows from c2i_B_256.pt; it trained none."""
+    known = catalog.scale_named(scale)
+    rows = catalog.rows_named(["2-in1k", "5-in1k"], known)
+    assert {row.id for row in rows if row.run != "pretrained"} == {"5-in1k/rar-300"}
+    config = catalog.resolve("pretrained", scale)
+    assert (config.images, config.start and config.start.file, config.model.classes) == (0, known.pretrained, 1000)
+    assert "as released" in catalog.row_note(rows[0], known)
+    assert catalog.run_named("2-in1k/raster", known) == "pretrained"
+
+
+@pytest.mark.parametrize("scale", ["smoke", "demo", "toy", "small", "paper"])
+def test_elsewhere_they_are_those_of_their_twin(scale: str) -> None:
+    known = catalog.scale_named(scale)
+    rows = catalog.rows_named(["2-in1k"], known)
+    assert {row.run for row in rows} == {"raster-300"}
+    said = "same as its IN-100 twin" if scale != "paper" else "scale paper-1k"
+    assert all(said in catalog.row_note(row, known) for row in rows)
+
+
+def test_all_is_the_whole_catalogue_at_every_scale() -> None:
+    assert catalog.rows_named(["all"]) == list(catalog.ROWS)
+    for scale in catalog.SCALES.values():
+        assert [row.id for row in catalog.rows_named(("all", "2-in100"), scale)] == [row.id for row in catalog.ROWS]

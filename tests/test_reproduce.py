@@ -8,6 +8,9 @@ import pytest
 
 from orderlab import catalog, load_run, reproduce
 from orderlab.config import OptimConfig
+from orderlab.evaluate.arrays import read_per_image
+from orderlab.report.collect import collect
+from orderlab.report.verdicts import difference
 from orderlab.runtime.console import Console
 
 
@@ -54,6 +57,30 @@ def test_records_carry_network_counts_and_reference(runs: Path) -> None:
     assert records["FD-fashion"]["reference"] == "5000 validation images"
     assert records["FD-tok"]["reference_hash"] != records["FD-fashion"]["reference_hash"]
     assert scores["tokenizer"][0]["value"] < records["FD-fashion"]["value"]
+
+
+def test_what_each_image_adds_lies_beside_the_records(runs: Path) -> None:
+    """Orders of one model are measured on the same images, and so are sample sets of one seed: their differences are paired."""
+    folder = runs / "raster-300@tiny-test/seed0"
+    run = load_run(folder)
+    assert (folder / "scores.json").stat().st_size < 20_000
+    likelihoods = [run.nll[f"{order}@final"] for order in ("raster", "zigzag")]
+    assert len({found["image_set"] for found in likelihoods}) == 1
+    values = [read_per_image(folder, found["per_image"], "NLL", found["images"], found["standard_error"]) for found in likelihoods]
+    for values_N, found in zip(values, likelihoods):
+        assert values_N is not None
+        assert float(values_N.mean()) == pytest.approx(found["nll_per_token"], rel=1e-6)
+    scored = [entry for name, entry in run.scores.items() if name != "tokenizer"]
+    assert len({entry["image_set"] for entry in scored}) == 1
+    for entry in scored:
+        for record in entry["records"][:3]:
+            assert read_per_image(folder, entry["per_image"], record["metric"], 60, record["standard_error"]) is not None
+    data = collect(plan(runs).rows, catalog.SCALES["tiny-test"], runs, 0)
+    first, second = (row.metrics["FD-fashion"] for row in data.tables[0].rows)
+    found = difference(first, second)
+    assert found is not None
+    assert "paired over the same 60 images" in found.basis
+    assert data.device.endswith("in float32")
 
 
 def test_report_names_every_row_and_no_bare_fid(runs: Path) -> None:

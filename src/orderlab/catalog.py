@@ -74,6 +74,8 @@ class Row:
     note: str = ""
     is_headline: bool = False
     """Scored at several guidance scales, so that one fixed scale decides nothing."""
+    is_released: bool = False
+    """The study took LlamaGen's released weights here; a scale says which run stands for them."""
 
     @property
     def table(self) -> str:
@@ -88,6 +90,10 @@ class Row:
         """The order that every image takes; None where it differs from image to image."""
         is_drawn = self.order in PATHLESS or self.sampler.startswith(("unmask-random", "unmask-confidence"))
         return None if is_drawn else self.order
+
+    def at(self, scale: Scale) -> Row:
+        """The row as it is carried out at a scale: with released weights where the scale has them."""
+        return replace(self, run=scale.released_run) if self.is_released else self
 
     @property
     def likelihood_orders(self) -> list[str]:
@@ -168,6 +174,8 @@ class Scale:
     """The data of that run: images that the fine-tune does not see."""
     finetune: dict[str, Any] | None = None
     """What a run that starts from `pretrained` has otherwise: sections of RunConfig."""
+    released_run: str = "raster-300"
+    """The run whose weights stand for the released checkpoint in the study's ImageNet-1K rows."""
     order_head: OrderHeadConfig = HEAD_OF_THE_STUDY
     """Sizes of an OrderHead on this scale's GPT; widths and positions that the GPT and its tokens fix are taken from them."""
     oracle: OracleTask = VIT_B
@@ -208,11 +216,11 @@ ROWS: tuple[Row, ...] = (
     Row("2-in100/reverse",                  "IN-100", "raster-300", "reverse",       Source(156.18, 109.45)),
     Row("2-in100/random-seed0",             "IN-100", "raster-300", "random:0",      Source(173.08, 119.23)),
     # The same with the released c2i_B_256.pt on ImageNet-1K.
-    Row("2-in1k/raster",                    "IN-1K",  "raster-300", "raster",        Source(5.32, 7.46)),
-    Row("2-in1k/stride-2",                  "IN-1K",  "raster-300", "stride-2",      Source(119.62, 45.38)),
-    Row("2-in1k/center-spiral",             "IN-1K",  "raster-300", "center-spiral", Source(132.08, 53.35)),
-    Row("2-in1k/random-seed0",              "IN-1K",  "raster-300", "random:0",      Source(151.23, 66.11)),
-    Row("2-in1k/reverse",                   "IN-1K",  "raster-300", "reverse",       Source(154.35, 68.76)),
+    Row("2-in1k/raster",                    "IN-1K",  "raster-300", "raster",        Source(5.32, 7.46), is_released=True),
+    Row("2-in1k/stride-2",                  "IN-1K",  "raster-300", "stride-2",      Source(119.62, 45.38), is_released=True),
+    Row("2-in1k/center-spiral",             "IN-1K",  "raster-300", "center-spiral", Source(132.08, 53.35), is_released=True),
+    Row("2-in1k/random-seed0",              "IN-1K",  "raster-300", "random:0",      Source(151.23, 66.11), is_released=True),
+    Row("2-in1k/reverse",                   "IN-1K",  "raster-300", "reverse",       Source(154.35, 68.76), is_released=True),
     # Section 3: trained from scratch in one order, sampled in the same order.
     Row("3-fixed/diagonal",                 "IN-100", "fixed-diagonal",     "diagonal",     Source(24.97, 65.99), is_headline=True),
     Row("3-fixed/raster",                   "IN-100", "raster-300",         "raster",       Source(25.40, 66.33), note="the study lists its original checkpoint here"),
@@ -236,7 +244,7 @@ ROWS: tuple[Row, ...] = (
     Row("5-ablation/random-no-anneal",                      "IN-100", "random-no-anneal", "raster",   Source(151.10, 110.44)),
     Row("5-ablation/random-no-anneal-random-inference",     "IN-100", "random-no-anneal", "random:0", Source(165.00, 115.81)),
     Row("5-ablation/random-no-target-embedding",            "IN-100", "random-v1",        "raster",   Source(159.41, 115.89)),
-    Row("5-in1k/raster-300",                "IN-1K",  "raster-300", "raster",  Source(5.32)),
+    Row("5-in1k/raster-300",                "IN-1K",  "raster-300", "raster",  Source(5.32), is_released=True),
     Row("5-in1k/rar-300",                   "IN-1K",  "rar-300",    "raster",  Source(), note="the study's run had not ended"),
     # Section 6: an OrderHead's order, eight candidates and the likeliest kept.
     Row("6-orderhead/exp1-frozen-gpt-oracle", "IN-100", "orderhead-exp1",        "learned", Source(155.58, 113.12), sampler="semifast-8", note="the study's score_std is 1.6"),
@@ -439,6 +447,7 @@ SCALES: dict[str, Scale] = {
             validate_every=20_000,
             checkpoint_every=20_000,
             other_half=FASHION.edited(train_images=5000),
+            finetune={"data": {"skip_images": 5000}},  # the half that the pretrained model has not seen
             order_head=HEAD_FOR_1M,
             oracle=ORACLE_FOR_1M,
         ),
@@ -477,6 +486,7 @@ SCALES: dict[str, Scale] = {
             memory_tbs=0.5,
             compile="step",
             other_half=FASHION.edited(tokenizer="fashion-16x16", folder="fashion-mnist", train_images=30_000),
+            finetune={"data": {"skip_images": 30_000}},
             order_head=OrderHeadConfig(dim=128, layers=3, heads=4, mlp_dim=512),
             oracle=OracleTask(layers=6, heads=6, dim=192, mlp_dim=768),
             has_ema_rows=True,
@@ -520,6 +530,7 @@ SCALES: dict[str, Scale] = {
             gpus=4,
             compile="step",
             pretrained=C2I_B,
+            released_run="pretrained",
             has_ema_rows=True,
         ),
     )
@@ -559,15 +570,21 @@ def row_named(row_id: str) -> Row:
     return row
 
 
-def rows_named(names: Iterable[str]) -> list[Row]:
-    """Rows by id, by table or by run, in catalogue order, each once."""
+def rows_at(scale: Scale) -> list[Row]:
+    """The whole catalogue as it is carried out at a scale."""
+    return [row.at(scale) for row in ROWS]
+
+
+def rows_named(names: Iterable[str], scale: Scale | None = None) -> list[Row]:
+    """Rows by id, by table or by run, in catalogue order, each once; "all" is the whole catalogue. With a scale, as carried out there."""
+    rows = rows_at(scale) if scale else list(ROWS)
     chosen: set[str] = set()
     for name in names:
-        matching = {row.id for row in ROWS if name in (row.id, row.table, row.run)}
+        matching = {row.id for row in rows if name in ("all", row.id, row.table, row.run)}
         if not matching:
-            raise nearest(name, [*TABLES, *(row.id for row in ROWS), *RECIPES], "row, table or run")
+            raise nearest(name, ["all", *TABLES, *(row.id for row in ROWS), *RECIPES], "row, table or run")
         chosen |= matching
-    return [row for row in ROWS if row.id in chosen]
+    return [row for row in rows if row.id in chosen]
 
 
 def shortest_names(rows: list[Row]) -> list[str]:
@@ -577,11 +594,11 @@ def shortest_names(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(row.table if row.table in whole else row.id for row in rows))
 
 
-def run_named(name: str) -> str:
-    """The recipe called `name`, or the recipe of the row called `name`."""
+def run_named(name: str, scale: Scale) -> str:
+    """The recipe called `name`, or the recipe of the row called `name` at a scale."""
     if name in RECIPES:
         return name
-    row = next((row for row in ROWS if row.id == name), None)
+    row = next((row for row in rows_at(scale) if row.id == name), None)
     if row is None:
         raise nearest(name, [*RECIPES, *(row.id for row in ROWS)], "run or row")
     return row.run
@@ -592,6 +609,10 @@ def row_note(row: Row, scale: Scale) -> str:
     notes = [row.note]
     if row.dataset == "IN-1K" and scale.data.source != "imagenet":
         notes = ["the small scales have one data set: the same as its IN-100 twin"]
+    elif row.dataset == "IN-1K" and scale.model.classes < 1000:
+        notes.append("this scale is ImageNet-100; the study's number is of ImageNet-1K, scale paper-1k")
+    elif row.is_released:
+        notes.append(f"weights as released ({scale.pretrained}), not trained here")
     blocks = RECIPES[row.run].trained_blocks
     if blocks and blocks >= scale.model.layers:
         notes.append(f"this scale's model has {scale.model.layers} blocks: all of them train, the embeddings do not")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orderlab.catalog import ROWS, TABLES
+from orderlab.catalog import ROWS, SCALES, TABLES, rows_at
 from orderlab.config import RunConfig
 from orderlab.errors import UserError
 from orderlab.models.formats import load_gpt, merge_target, read_weights, save_gpt
@@ -131,7 +131,8 @@ def model_card(config: RunConfig, model: GPT, metrics: dict[str, Any], file: str
 
 def _rows_of(config: RunConfig, metrics: dict[str, Any]) -> list[str]:
     """The catalogue's rows that this run serves, beside the study's numbers; then what was measured, each metric by its full name."""
-    rows = [row for row in ROWS if row.run == config.recipe]
+    known = rows_at(SCALES[config.scale]) if config.scale in SCALES else ROWS
+    rows = [row for row in known if row.run == config.recipe]
     lines = ["## Rows of the study", "", "The study's own numbers, at its scale; empty where it is silent.", ""]
     lines += ["| row | order | sampler | the study's |", "|---|---|---|---|"]
     for row in rows:

@@ -10,6 +10,7 @@ import torch
 
 from orderlab.errors import UserError
 from orderlab.evaluate import frechet, metrics
+from orderlab.evaluate.frechet import frechet_influence, standard_error
 from orderlab.evaluate.metrics import (
     MomentAccumulator,
     frechet_distance,
@@ -183,6 +184,24 @@ def test_standard_error_of_the_frechet_distance_is_the_spread_of_repeated_draws(
     distances = [distance(moments(draw), metrics.Moments(mean, covariance, 0)) for draw in draws]
     errors = [frechet_standard_error(draw, mean, covariance) for draw in draws]
     assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.12)
+
+
+def test_influences_give_the_error_of_a_difference_of_paired_sets():
+    """Two sets drawn with common noise: their distances move together, and the paired error says by how much they do not."""
+    generator = np.random.default_rng(3)
+    mean, covariance = np.full(4, 0.3), np.diag(np.linspace(0.3, 1.5, 4))
+    differences, errors, independent = [], [], []
+    for _ in range(150):
+        first = generator.normal(size=(200, 4)) * [1, 0.8, 1.2, 0.9]
+        second = 1.1 * first + 0.2 * generator.normal(size=(200, 4))
+        sides = [
+            (distance(moments(x), metrics.Moments(mean, covariance, 0)), frechet_influence(x, mean, covariance)) for x in (first, second)
+        ]
+        differences.append(sides[0][0] - sides[1][0])
+        errors.append(standard_error(sides[0][1] - sides[1][1]))
+        independent.append(np.hypot(standard_error(sides[0][1]), standard_error(sides[1][1])))
+    assert np.mean(errors) == pytest.approx(np.std(differences), rel=0.12)
+    assert np.mean(independent) > 2 * np.std(differences)
 
 
 def test_standard_error_from_given_moments_is_the_same(pool):

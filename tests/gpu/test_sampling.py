@@ -15,7 +15,7 @@ from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
 from orderlab.runtime.keys import generator
 from orderlab.sampling import semifast
-from orderlab.sampling.generate import generate
+from orderlab.sampling.generate import _loops, generate
 from orderlab.sampling.unmask import unmask
 from tests.conftest import FIXTURES
 from tests.models.test_gpt import noisy
@@ -54,6 +54,8 @@ def test_tokens_are_the_cpus_in_float64(gpt: GPT, device: torch.device, sampler:
         found = generate(there, *arguments, **options, sampler=sampler)  # pyrefly: ignore
         assert torch.equal(found, expected)
         assert len(found.unique()) > 20
+    is_captured = there in _loops and bool(_loops[there][1].graphs)
+    assert is_captured == (device.type == "cuda" and sampler != "full-forward")
 
 
 @pytest.mark.usefixtures("one_length")

@@ -13,7 +13,8 @@ from orderlab.models.formats import merge_target
 from orderlab.models.gpt import GPT
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
-from orderlab.sampling.generate import _loops, generate
+from orderlab.sampling.draw import image_uniforms
+from orderlab.sampling.generate import Drawing, StaticLoop, _loops, generate, static_loop
 from tests.models.test_decode import OnGPU
 
 CONFIG = GPTConfig(layers=3, heads=2, dim=16, grid=(4, 4), vocabulary=29, classes=5, ffn_hidden=48, target_embedding=True)
@@ -122,6 +123,41 @@ def largest_buffer(code: str) -> int:
     shapes = re.findall(r"empty_strided\w*\(\(([\d, ]*)\)", code)
     assert shapes, "the wrapper allocates nothing: its form has changed, and this test with it"
     return max(math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in shapes)
+
+
+def test_on_a_gpu_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights here only say that they lie on a GPU."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append((function, options)) or function)
+    gpt = model(torch.float32)
+    assert StaticDecoder(gpt, 2, None).block is block_step
+    assert compiled == []
+    gpt.norm.weight = torch.nn.Parameter(gpt.norm.weight.detach().as_subclass(OnGPU))
+    StaticDecoder(gpt, 2, None)
+    assert compiled == [(block_step, {"dynamic": False})]
+
+
+@torch.inference_mode()
+def test_on_a_gpu_a_step_is_the_replay_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of each length is captured before the first step; here it is a call that notes its length."""
+    gpt, classes, order_BT = model(), torch.tensor([0, 3]), path("spiral", 4, 4).expand(2, -1)
+    replayed: list[int] = []
+
+    class Graph:
+        def __init__(self, loop: StaticLoop, live: int):
+            self.loop, self.live = loop, live
+
+        def replay(self) -> None:
+            replayed.append(self.live)
+            self.loop.advance(gpt, self.live)
+
+    monkeypatch.setattr(StaticLoop, "_capture", lambda loop, model: loop.graphs.update({n: Graph(loop, n) for n in (4, 8, 12, 16)}))
+    loop = static_loop(gpt, classes, order_BT, True, Drawing(1.0, 0, 1.0, False), 2)
+    loop.slot = loop.slot.as_subclass(OnGPU)
+    tokens_BT = loop.run(gpt, image_uniforms([5, 6], 16), [1.0] * 16)
+    plain = generate(gpt, classes, order_BT, seeds=[5, 6], target=True, sampler="kv-cache-plain")
+    assert torch.equal(tokens_BT.as_subclass(torch.Tensor), plain.gather(1, order_BT))
+    assert replayed == [4] * 4 + [8] * 4 + [12] * 4 + [16] * 4
 
 
 def test_a_loop_goes_with_its_model() -> None:

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from orderlab import catalog
 from orderlab.catalog import SCALES, resolve, variants
-from orderlab.report.collect import collect
+from orderlab.evaluate.arrays import keep_per_image
+from orderlab.report.collect import _measured_on, collect
+from orderlab.report.data import Value
 from orderlab.sampling.sample import sample_name
 
 SMOKE = SCALES["smoke"]
@@ -37,14 +40,55 @@ def test_one_seed_keeps_its_standard_error(tmp_path: Path) -> None:
     assert (found.metrics["FD-fashion"].value, found.metrics["FD-fashion"].standard_error, found.metrics["FD-fashion"].seeds) == (3, 0.1, 1)
 
 
-def test_several_seeds_are_a_mean_and_a_spread(tmp_path: Path) -> None:
+def test_several_seeds_are_a_mean_and_its_error(tmp_path: Path) -> None:
     row = catalog.row_named("2-in100/zigzag")
     for seed, value in ((0, 3.0), (1, 4.0), (2, 5.0)):
         write_run(tmp_path, row, seed, [value])
     found = collect([row], SMOKE, tmp_path, 0).tables[0].rows[0]
-    assert (found.metrics["FD-fashion"].value, found.metrics["FD-fashion"].standard_error, found.metrics["FD-fashion"].seeds) == (4, 1, 3)
-    assert found.nll is not None
-    assert (found.nll.value, found.nll.standard_error, found.nll.seeds) == (3, 1, 3)
+    for value, mean in ((found.metrics["FD-fashion"], 4), (found.nll, 3)):
+        assert value is not None
+        assert (value.value, value.standard_error, value.seeds) == (mean, pytest.approx(1 / 3**0.5), 3)
+        assert [value.by_seed[seed].value for seed in range(3)] == [mean - 1, mean, mean + 1]
+
+
+def test_what_each_image_adds_is_read_back_where_it_gives_the_recorded_error(tmp_path: Path) -> None:
+    row = catalog.row_named("2-in100/zigzag")
+    write_run(tmp_path, row, 0, [3.0])
+    folder = tmp_path / f"{row.run}@smoke/seed0"
+    values_N = np.random.default_rng(0).normal(2, 1, 1000)
+    error = float(values_N.std(ddof=1) / 1000**0.5)
+
+    def nll(place: str | None, error: float = error, images: int = 1000) -> Value:
+        kept = {"nll_per_token": 2.0, "standard_error": error, "images": images, "image_set": "abc", "per_image": place}
+        (folder / "nll.json").write_text(json.dumps({"zigzag@final": kept}))
+        found = collect([row], SMOKE, tmp_path, 0).tables[0].rows[0].nll
+        assert found is not None
+        return found
+
+    place = keep_per_image(folder, "nll-random:0@final", {"NLL": values_N})
+    assert place == "per_image/nll-random-0@final.npz"
+    found = nll(place)
+    assert found.image_set == "abc"
+    assert found.per_image_N == pytest.approx(values_N, rel=1e-6)
+    assert nll(None).per_image_N is None
+    assert nll("per_image/gone.npz").per_image_N is None
+    assert nll(place, error=2 * error).per_image_N is None
+    assert nll(place, images=999).per_image_N is None
+    (folder / place).write_bytes((folder / place).read_bytes()[:500])
+    assert nll(place).per_image_N is None
+
+
+def test_the_device_is_the_one_that_made_the_images(tmp_path: Path) -> None:
+    rows = [catalog.row_named(f"2-in100/{name}") for name in ("zigzag", "spiral", "reverse")]
+    assert collect(rows, SMOKE, tmp_path, 0).device == "no images yet"
+    for row, meta in zip(rows, ({"device": "NVIDIA H100", "precision": "float32"}, {"device": "NVIDIA H100", "precision": "float32"}, {})):
+        own = variants(row, SMOKE, 0)[0]
+        folder = tmp_path / f"{row.run}@smoke/seed0/samples" / sample_name(own.sample, own.checkpoint)
+        folder.mkdir(parents=True)
+        (folder / "sample.json").write_text(json.dumps(meta))
+    assert _measured_on(rows[:2], SMOKE, tmp_path, 0) == "images generated on NVIDIA H100 in float32"
+    said = "images generated on NVIDIA H100 in float32 (2 of 3 rows); device not recorded (1 of 3 rows)"
+    assert _measured_on(rows, SMOKE, tmp_path, 0) == said
 
 
 def test_headline_rows_come_at_four_guidance_scales(tmp_path: Path) -> None:
@@ -71,3 +115,10 @@ def test_training_losses_stand_by_phase_beside_the_studys(tmp_path: Path) -> Non
     own = next(t for t in data.tables if t.id == "5-fair").rows[0]
     assert own.metrics["training loss"] == training.metrics["loss, path phase"]
     assert [phase.name for phase in data.runs[0].phases] == ["random", "anneal", "raster"]
+
+
+def test_all_rows_are_collected_before_anything_was_trained(tmp_path: Path) -> None:
+    """`orderlab report --rows all` beside a run or two: what is missing is empty, also where a learned order's pictures would stand."""
+    data = collect(catalog.rows_named(["all"], SMOKE), SMOKE, tmp_path, 0)
+    assert sum(len(table.rows) for table in data.tables) == len(catalog.ROWS)
+    assert data.galleries == []

@@ -125,6 +125,28 @@ def test_sample_score_compare_and_nearest_on_the_command_line(run_dir, tmp_path,
     assert Image.open(tmp_path / "n.png").size == (7 * 32 + 4, 8 * 32)
 
 
+def test_of_several_sets_nearest_takes_the_one_that_speaks_for_the_run(run_dir, few_real_images, tmp_path, capsys):
+    """`orderlab nearest RUN` as the README has it, on a run with several sets."""
+    shutil.copytree(run_dir, tmp_path / "r@smoke/seed0", ignore=shutil.ignore_patterns("samples"))
+    run = tmp_path / "r@smoke/seed0"
+    for order, guidance in (("raster", 1.0), ("zigzag", 2.0)):
+        sample.run(SampleConfig(images=20, batch=20, order=order, guidance=guidance), run)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["nearest", str(run)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "raster-g1-n20" in error
+    assert "zigzag-g2-n20" in error
+    own = sample.run(SampleConfig(images=20, batch=20), run)
+    cli.main(["nearest", str(run), "--json"])
+    assert json.loads(capsys.readouterr().out)["samples"] == own.name
+
+
+def test_the_picture_shows_a_hundred_images(run_dir, tmp_path):
+    cli.main(["sample", str(run_dir), "--images", "120", "--batch", "60", "--picture", str(tmp_path / "p.png"), "--json"])
+    assert Image.open(tmp_path / "p.png").size == (10 * 34 - 2, 10 * 34 - 2)
+
+
 def test_codes_of_another_tokenizer_are_one_line(samples, tmp_path):
     shutil.copytree(samples.folder, tmp_path / "s")
     np.save(tmp_path / "s/tokens.npy", np.full((120, 64), 512, np.uint16))

@@ -10,6 +10,7 @@ import pytest
 
 from orderlab.config import RunConfig, SampleConfig
 from orderlab.errors import UserError
+from orderlab.runtime.run import device_name
 from orderlab.sampling import sample
 from orderlab.training import loop
 
@@ -44,6 +45,7 @@ def test_a_set_holds_every_image_and_its_class(run_dir: Path) -> None:
     assert found.classes_N.tolist() == [i % 5 for i in range(23)]
     assert not list(out.glob("part-*"))
     assert found.meta["seconds_per_image"] > 0
+    assert (found.meta["device"], found.meta["precision"]) == (device_name(), "float32")
 
 
 def test_images_of_later_batches_have_seeds_of_their_own(run_dir: Path) -> None:

@@ -13,6 +13,7 @@ from orderlab.config import RunConfig
 from orderlab.runtime.run import RunFolder
 from orderlab.training.ahead import Batches
 from orderlab.training.loop import run
+from orderlab.training.parallel import clip, gradient_norm
 from orderlab.training.tasks import objective_for
 from tests.training.test_loop import assert_close, in_process, rar_of_four, weights, without_dropout
 
@@ -22,6 +23,7 @@ from orderlab.config import RunConfig
 from orderlab.errors import UserError
 from orderlab.training import autoregressive
 from orderlab.training.loop import run
+from orderlab.training.parallel import clip, gradient_norm
 torch.set_num_threads(1)
 calls, healthy = [0], autoregressive.Autoregressive.loss
 def dies(self, forward, batch):
@@ -104,3 +106,11 @@ def test_what_is_wrong_with_a_batch_drawn_ahead_is_raised_where_it_is_used() -> 
 
     with pytest.raises(ValueError, match="at 32"):
         Batches(broken, slice(0, 1), torch.device("cpu"), 16, 64, is_ahead=True).at(32)  # pyrefly: ignore
+
+
+def test_the_norm_of_no_gradient_lies_with_the_model() -> None:
+    """A frozen body's, beside its OrderHead's: on a GPU the two are stacked."""
+    for device in ("cpu", "meta"):
+        model = torch.nn.Linear(2, 2, device=device).requires_grad_(False)
+        assert {clip(model, 1.0).device.type, gradient_norm(model).device.type} == {device}
+    assert float(gradient_norm(torch.nn.Linear(2, 2))) == 0.0

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from orderlab import catalog
 from orderlab.config import AnnealedOrder, RunConfig, StartConfig
+from orderlab.data.prepare import fashion_images
 from orderlab.errors import UserError
 from orderlab.training.loop import run
 
@@ -105,9 +107,23 @@ def test_at_paper_scale_fine_tunes_keep_the_thousand_classes() -> None:
         catalog.resolve("raster-300", "paper", **{"start.file": "other.pt"})
 
 
-def test_small_scales_pretrain_on_images_the_fine_tune_does_not_see() -> None:
-    from orderlab.data.prepare import fashion_images
+@pytest.mark.parametrize("scale", [name for name, scale in catalog.SCALES.items() if scale.data.source == "fashion"])
+@pytest.mark.parametrize("run_name", [name for name, recipe in catalog.RECIPES.items() if recipe.start == "pretrained" and recipe.units])
+def test_small_scales_pretrain_on_images_the_fine_tune_does_not_see(scale: str, run_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are their own numbers here, so that the sets can be compared at every scale, downloaded or not."""
+    total = 60_000 if catalog.SCALES[scale].data.folder else 10_000
+    labels = np.random.default_rng(0).permutation(np.arange(total) % 10)
+    monkeypatch.setattr("orderlab.data.prepare.load_fashion", lambda split, folder=None: (np.arange(total), labels))
+    configs = [catalog.resolve(name, scale) for name in (run_name, "raster-other-half")]
+    own, other = (fashion_images(config.data, "train")[0] for config in configs)
+    assert len(own) >= 1000
+    assert len(other) >= 1000
+    assert not set(own) & set(other)
+    assert configs[0].start == StartConfig(run="raster-other-half", class_rows=configs[0].start.class_rows)  # pyrefly: ignore
 
-    own, other = (fashion_images(catalog.resolve(run_name, "smoke").data, "train")[0] for run_name in ("finetune-all", "raster-other-half"))
-    assert len(own) == len(other) == 2000
-    assert not {image.tobytes() for image in own} & {image.tobytes() for image in other}
+
+@pytest.mark.parametrize("scale", [name for name, scale in catalog.SCALES.items() if scale.other_half is None])
+def test_scales_without_another_half_start_from_a_published_file(scale: str) -> None:
+    assert catalog.SCALES[scale].data.source == "imagenet"
+    with pytest.raises(UserError, match="has no run raster-other-half"):
+        catalog.resolve("raster-other-half", scale)

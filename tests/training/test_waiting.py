@@ -76,7 +76,7 @@ def test_the_watch_sees_what_waits(wait: Callable[[Tensor], object]) -> None:
         "oracle",
         "order-head",
         "order-head-frozen",
-        pytest.param("masked", marks=pytest.mark.xfail(strict=True, reason="one nonzero and two masks in a micro-step: known")),
+        "masked",
     ],
 )
 def test_a_step_never_waits_for_the_device(

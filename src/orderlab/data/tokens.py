@@ -27,6 +27,13 @@ from orderlab.runtime.files import read_json, write_json
 from orderlab.runtime.keys import generator
 
 
+def evenly_spaced(total: int, count: int) -> np.ndarray:
+    """`count` of `total` image numbers, ascending and evenly spaced; all where there are no more. Sets are often sorted by class: the first
+    images of one are a few classes."""
+    count = min(total, count)
+    return np.arange(count) * total // max(1, count)
+
+
 class TokenMeta(Frozen):
     """What a token set is made of."""
 

@@ -1,10 +1,19 @@
-"""Checked inputs of the metrics: feature arrays of numpy or torch become finite torch tensors on the CPU, or a UserError."""
+"""Arrays of the metrics: checked inputs (feature arrays of numpy or torch become finite torch tensors on the CPU, or a UserError), and
+what each image adds to a number, kept beside its record so that two numbers of the same images can be compared image by image."""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from orderlab.data.npz import FAULTS
 from orderlab.errors import UserError
+from orderlab.runtime.files import write_atomically
 
 Array = np.ndarray | Tensor
 
@@ -35,3 +44,35 @@ def checked_pair(first: Array, second: Array, names: tuple[str, str], dtype: tor
         widths = f"{first_ND.shape[1]} and {second_MD.shape[1]}"
         raise UserError(f"{names[0]} and {names[1]} have {widths} features: both must come from the same layer of the same network")
     return first_ND, second_MD
+
+
+def keep_per_image(run: Path, name: str, values: Mapping[str, np.ndarray]) -> str:
+    """Write arrays [N] by quantity into the run's folder, as float32; returns the file's place in it, for the record."""
+    place = f"per_image/{name.replace(':', '-')}.npz"
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {quantity: np.asarray(array, np.float32) for quantity, array in values.items()}
+    np.savez(buffer, **arrays)
+    write_atomically(run / place, buffer.getvalue())
+    return place
+
+
+def read_per_image(run: Path, place: str | None, quantity: str, n: int, error: float | None) -> np.ndarray | None:
+    """The array of one quantity, float64 [N]; None where it was not kept, is damaged, or does not give the error of its record."""
+    if place is None or error is None:
+        return None
+    try:
+        with np.load(run / place, allow_pickle=False) as arrays:
+            values_N = np.asarray(arrays[quantity], np.float64)
+    except (*FAULTS, KeyError):
+        return None
+    if values_N.shape != (n,) or n < 2 or not np.isclose(values_N.std(ddof=1) / n**0.5, error, rtol=1e-3):
+        return None
+    return values_N
+
+
+def image_set(*parts: np.ndarray | str) -> str:
+    """16 hex digits of what makes the images of a measurement: numbers that share them are of the same images, in the same order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:16]

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from orderlab.config import LEARNED, PATHLESS
 from orderlab.data.prepare import token_sets
-from orderlab.data.tokens import TokenSet
+from orderlab.data.tokens import TokenSet, evenly_spaced
 from orderlab.errors import UserError
+from orderlab.evaluate.arrays import image_set, keep_per_image
 from orderlab.evaluate.masked_likelihood import any_order_nll, nll_by_steps
 from orderlab.models.backbone import Backbone
 from orderlab.models.checkpoints import ImageModel, load_model
@@ -85,8 +86,8 @@ def check_tokens(model: Backbone, classes: Tensor, tokens: Tensor) -> tuple[Tens
 def run(run_dir: str | Path, orders: Sequence[str], *, checkpoint: str = "final", target: bool | None = None) -> dict[str, dict[str, Any]]:
     """`orderlab nll`: a run's exact validation NLL under each order, written to `nll.json` beside what is already there.
 
-    For each order: nats per token and its standard error over images, bits per image, and the curves by step and by position.
-    "any-order" is a masked model's mean over all orders. Orders measured before on the same checkpoint are not measured again.
+    For each order: nats per token and its standard error over images, bits per image, and the curves by step and by position;
+    nats per token of each image lie in a file of `per_image/`, so that two orders or runs are compared image by image. "any-order" is a masked model's mean over all orders. Orders measured before on the same checkpoint are not measured again.
     """
     folder = RunFolder(run_dir)
     config = folder.config()
@@ -100,12 +101,13 @@ def run(run_dir: str | Path, orders: Sequence[str], *, checkpoint: str = "final"
         for name, result in keys.items():
             if result not in results:
                 measured = measure_any_order(model, validation) if name == ANY_ORDER else measure(model, validation, name, target=target)
-                results = add_to_json(file, {result: measured})
+                place = keep_per_image(folder.root, f"nll-{result}", {"NLL": measured.pop("per_image")})
+                results = add_to_json(file, {result: {**measured, "per_image": place}})
     return {name: results[result] for name, result in keys.items()}
 
 
 def measure(model: ImageModel, token_set: TokenSet, order_name: str, *, target: bool | None = None) -> dict[str, Any]:
-    """Validation NLL of one order over a token set (its first view); over some of its images where the model is masked.
+    """Validation NLL of one order over a token set (its first view); over some of its images where the model is masked. "per_image" is [N].
 
     "learned" takes each image in the order that an OrderHead gives to an independent draft of its class, so that the order tells
     nothing of the image: exact for the orders drawn, and on average no less than -log p of the mixture over drafts (Jensen).
@@ -115,15 +117,16 @@ def measure(model: ImageModel, token_set: TokenSet, order_name: str, *, target: 
     target = model.target if isinstance(model, OrderedGPT) and target is None else target
     device = body.norm.weight.device
     by_position, by_step = [], []
-    for indices in _indices(token_set, isinstance(model, MaskedModel)).split(BATCH):
-        classes_B, tokens_BP = token_set.read(indices.numpy())
-        order_BT = order_of(classes_B, indices)
+    chosen = evenly_spaced(len(token_set), MASKED_IMAGES if isinstance(model, MaskedModel) else len(token_set))
+    for indices in np.split(chosen, range(BATCH, len(chosen), BATCH)):
+        classes_B, tokens_BP = token_set.read(indices)
+        order_BT = order_of(classes_B, torch.from_numpy(indices))
         nll_BP = nll(body, classes_B.to(device), tokens_BP.to(device), order_BT.to(device), target=target).double().cpu()
         by_position.append(nll_BP)
         by_step.append(to_steps(nll_BP, order_BT))
     nll_NP = torch.cat(by_position)
     curves = {"per_step": torch.cat(by_step).mean(0).tolist(), "per_position": nll_NP.mean(0).tolist()}
-    return {**_summary(nll_NP.sum(1), body), **curves}
+    return {**_summary(nll_NP.sum(1), body, token_set, chosen), **curves}
 
 
 def _same_for_all(order_P: Tensor) -> Orders:
@@ -155,24 +158,21 @@ def measure_any_order(model: ImageModel, token_set: TokenSet) -> dict[str, Any]:
         classes_B, tokens_BP = token_set.read(np.arange(start, min(start + BATCH, len(token_set))))
         keyed = generator("any-order", start)
         parts.append(any_order_nll(model, classes_B.to(device), tokens_BP.to(device), ANY_ORDER_DRAWS, keyed).cpu())
-    return _summary(torch.cat(parts), model)
+    return _summary(torch.cat(parts), model, token_set, np.arange(len(token_set)))
 
 
-def _indices(token_set: TokenSet, is_masked: bool) -> Tensor:
-    """All images, or evenly spaced ones."""
-    count = min(len(token_set), MASKED_IMAGES) if is_masked else len(token_set)
-    return torch.arange(count) * len(token_set) // count
-
-
-def _summary(per_image_N: Tensor, model: Backbone) -> dict[str, Any]:
-    """From nats an image: nats a token with its standard error, bits an image, and what a uniform guess would have."""
-    per_token_N = per_image_N / model.config.positions
+def _summary(nats_N: Tensor, model: Backbone, token_set: TokenSet, indices: np.ndarray) -> dict[str, Any]:
+    """From nats an image: nats a token with its standard error, bits an image, what a uniform guess would have, and which images it was."""
+    per_token_N = nats_N / model.config.positions
+    classes_N, tokens_NP = token_set.read(indices)
     return {
         "nll_per_token": float(per_token_N.mean()),
-        "standard_error": float(per_token_N.std() / len(per_token_N) ** 0.5),
-        "bits_per_image": float(per_image_N.mean() / math.log(2)),
-        "images": len(per_image_N),
+        "standard_error": float(per_token_N.std() / len(per_token_N) ** 0.5) if len(per_token_N) > 1 else None,
+        "bits_per_image": float(nats_N.mean() / math.log(2)),
+        "images": len(nats_N),
         "uniform_nll": math.log(model.config.vocabulary),
+        "image_set": image_set(classes_N.numpy(), tokens_NP.numpy()),
+        "per_image": per_token_N.numpy(),
     }
 
 

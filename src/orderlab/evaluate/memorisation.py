@@ -20,7 +20,7 @@ from PIL import Image
 
 from orderlab.data.prepare import decode, token_sets, tokenizer
 from orderlab.errors import UserError
-from orderlab.evaluate.samples import load_samples, network_for
+from orderlab.evaluate.samples import Samples, load_samples, network_for
 from orderlab.report.images import png_bytes
 from orderlab.runtime.files import write_atomically
 from orderlab.runtime.run import RunFolder
@@ -64,17 +64,15 @@ def nearer_share(samples_N: np.ndarray, validation_M: np.ndarray) -> tuple[float
 
 
 def run(folder: Path, *, picture: Path | None = None, network: str | None = None) -> dict[str, Any]:
-    """Measure a sample set (or the only one of a run); optionally draw the samples nearest to training data beside their neighbours."""
-    found = load_samples(folder)
-    if len(found) != 1 or found[0].folder is None:
-        names = "; ".join(samples.name for samples in found)
-        raise UserError(f"{folder} is not one sample set of a run; name its folder, one of: {names}")
-    samples, sets_run = found[0], RunFolder(found[0].folder.parent.parent)
+    """Measure a sample set (of a run its own, see `own_set`); optionally draw the samples nearest to training data beside their neighbours."""
+    samples = own_set(folder)
+    assert samples.folder is not None
+    sets_run = RunFolder(samples.folder.parent.parent)
     config = sets_run.config()
     training, validation = token_sets(config.data, config.model.grid, sets_run.root.parent.parent / "tokens")
     seen, vq = network_for(samples, network), tokenizer(config.data.tokenizer)
     train_MP, validation_MP = (token_set.read(np.arange(len(token_set)))[1].numpy() for token_set in (training, validation))
-    tokens_NP = SampleSet(found[0].folder).tokens_NP
+    tokens_NP = SampleSet(samples.folder).tokens_NP
 
     def pool(tokens: np.ndarray) -> np.ndarray:
         return np.concatenate([seen(decode(vq, tokens[start : start + TILE])).pool for start in range(0, len(tokens), TILE)])
@@ -84,6 +82,24 @@ def run(folder: Path, *, picture: Path | None = None, network: str | None = None
     if picture is not None:
         _draw(tokens_NP, train_MP, own, lambda tokens: decode(vq, tokens), picture)
     return {"samples": samples.name, "network": seen.name, **_summary(own, fresh, tokens_NP, train_MP, validation_MP), **nll_gap(sets_run)}
+
+
+def own_set(folder: Path) -> Samples:
+    """The sample set at `folder`; of a run with several the one that speaks for it: its last weights, the order that it was trained in or
+    annealed to, the plain sampler, guidance 2. Raises UserError, with their names, where that leaves none or several."""
+    found = load_samples(folder)
+    if len(found) > 1:
+        order = getattr(RunFolder(folder).config().policy, "order", "random:0")
+        found = [samples for samples in found if samples.folder is not None and _speaks_for_run(SampleSet(samples.folder), order)] or found
+    if len(found) != 1 or found[0].folder is None:
+        names = "; ".join(samples.name for samples in found)
+        raise UserError(f"{folder} is not one sample set of a run; name its folder, one of: {names}")
+    return found[0]
+
+
+def _speaks_for_run(samples: SampleSet, order: str) -> bool:
+    config = samples.config
+    return (config.order, config.guidance, config.sampler, samples.meta["checkpoint"]) == (order, 2.0, "kv-cache", "final")
 
 
 def _summary(own: Nearest, fresh: Nearest, tokens_NP: np.ndarray, train_MP: np.ndarray, validation_MP: np.ndarray) -> dict[str, Any]:

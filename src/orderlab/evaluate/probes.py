@@ -2,7 +2,7 @@
 
 Two orders with one prefix and different next positions: is their input the same (the ambiguous target), or does the model tell
 them apart? Editing one token at a time: which of those generated, and which of those to come, reach the next prediction? And
-how far do the heads look? All on validation images and trained weights, kept in the run folder's `probes.json`.
+how far do the heads look? All on evenly spaced validation images and trained weights, kept in the run folder's `probes.json`.
 """
 
 # B batch · N edited copies · P grid position · T generation step · V codebook
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from orderlab.data.prepare import token_sets
+from orderlab.data.tokens import evenly_spaced
 from orderlab.evaluate.attention import attention_distance, uniform_distance
 from orderlab.evaluate.likelihood import result_key
 from orderlab.models.checkpoints import load_model
@@ -40,7 +41,7 @@ def run(run_dir: str | Path, order_name: str, *, checkpoint: str = "final", targ
         config = folder.config()
         loaded = load_model(folder.checkpoints / f"{checkpoint}.safetensors")
         _, validation = token_sets(config.data, config.model.grid, folder.root.parent.parent / "tokens")
-        classes_B, tokens_BP = validation.read(np.arange(min(ATTENTION_IMAGES, len(validation))))
+        classes_B, tokens_BP = validation.read(evenly_spaced(len(validation), ATTENTION_IMAGES))
         model = loaded.gpt if isinstance(loaded, OrderedGPT) else loaded
         results = add_to_json(file, {key: probe(model, classes_B, tokens_BP, path(order_name, *config.model.grid), target)})
     return results[key]
@@ -48,7 +49,7 @@ def run(run_dir: str | Path, order_name: str, *, checkpoint: str = "final", targ
 
 def probe(model: GPT | MaskedModel, classes_B: Tensor, tokens_BP: Tensor, order_T: Tensor, target: bool | None = None) -> dict[str, Any]:
     """All probes of a model on some images."""
-    few = slice(0, IMAGES)
+    few = torch.from_numpy(evenly_spaced(len(tokens_BP), IMAGES))
     before, after = reach(model, classes_B[few], tokens_BP[few], order_T, len(order_T) // 2, target)
     found: dict[str, Any] = {
         "images": min(IMAGES, len(tokens_BP)),

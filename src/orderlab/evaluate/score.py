@@ -20,9 +20,11 @@ import numpy as np
 from orderlab.config import DataConfig
 from orderlab.data.prepare import decode, fashion_images, token_sets, tokenizer
 from orderlab.errors import UserError
+from orderlab.evaluate.arrays import image_set, keep_per_image
 from orderlab.evaluate.features import FashionFeatures, Features
+from orderlab.evaluate.frechet import frechet_distance_from_features, frechet_influence, moments, standard_error
 from orderlab.evaluate.measure import image_order
-from orderlab.evaluate.metrics import frechet_distance_from_features, frechet_standard_error, inception_score, moments
+from orderlab.evaluate.metrics import inception_score
 from orderlab.evaluate.neighbours import precision_recall
 from orderlab.evaluate.record import Origin, Record
 from orderlab.runtime.files import add_to_json, read_json
@@ -66,8 +68,13 @@ def run(run_dir: str | Path, *, samples: list[str] | None = None) -> dict[str, A
         for name in missing:
             sample_set = SampleSet(folder.samples / name)
             images = decode(tokenizer(config.data.tokenizer), sample_set.tokens_NP)
-            records = score_images(images, sample_set.classes_N, references, _origin(sample_set))
-            scores = add_to_json(folder.scores, {name: {**sample_set.meta, "records": [record.as_dict() for record in records]}})
+            records, per_image = score_images(images, sample_set.classes_N, references, _origin(sample_set))
+            kept = {
+                "records": [record.as_dict() for record in records],
+                "image_set": image_set(sample_set.classes_N, str(sample_set.config.seed)),
+                "per_image": keep_per_image(folder.root, f"scores-{name}", per_image),
+            }
+            scores = add_to_json(folder.scores, {name: {**sample_set.meta, **kept}})
     return {name: scores[name] for name in names}
 
 
@@ -77,38 +84,46 @@ def _origin(samples: SampleSet) -> Origin:
     return Origin(label_mode=samples.config.labels, image_order=order, rounding="llamagen", resize_before_rounding="none", seeds=seeds)
 
 
-def score_images(images: np.ndarray, classes_N: np.ndarray, references: References, origin: Origin | None = None) -> list[Record]:
-    """All metrics of uint8 images [N, 32, 32] whose intended classes are known."""
+def score_images(
+    images: np.ndarray, classes_N: np.ndarray, references: References, origin: Origin | None = None
+) -> tuple[list[Record], dict[str, np.ndarray]]:
+    """All metrics of uint8 images [N, 32, 32] whose intended classes are known, and by metric what each image adds to it [N]."""
     features = references.network(images)
     real, tokens = references.real, references.tokens
     score = inception_score(features.logits)
     neighbours = precision_recall(real.features.pool, features.pool, k=NEIGHBOURS)
     agrees_N = features.logits.argmax(1) == classes_N
     agreement = float(agrees_N.mean())
+    per_image = {
+        "FD-fashion": _influence(features.pool, real.features.pool),
+        "FD-tok": _influence(features.pool, tokens.features.pool),
+        "sFD-fashion": _influence(features.spatial, real.features.spatial),
+    }
+    distances = [
+        ("FD", "fashion", frechet_distance_from_features(features.pool, real.features.pool), real),
+        ("FD", "tok", frechet_distance_from_features(features.pool, tokens.features.pool), tokens),
+        ("sFD", "fashion", frechet_distance_from_features(features.spatial, real.features.spatial), real),
+    ]
     rows = [
-        ("FD", "fashion", *_frechet(features.pool, real.features.pool), real),
-        ("FD", "tok", *_frechet(features.pool, tokens.features.pool), tokens),
-        ("sFD", "fashion", *_frechet(features.spatial, real.features.spatial), real),
+        *((*row[:3], standard_error(influence_N), row[3]) for row, influence_N in zip(distances, per_image.values(), strict=True)),
         ("IS", "fashion", score.mean, score.se, None),
         ("precision", "fashion", neighbours.precision, neighbours.precision_se, real),
         ("recall", "fashion", neighbours.recall, neighbours.recall_se, real),
         ("label agreement", "fashion", agreement, (agreement * (1 - agreement) / len(agrees_N)) ** 0.5, None),
     ]
-    return [_record(references.network, len(images), *row, origin=origin) for row in rows]
+    return [_record(references.network, len(images), *row, origin=origin) for row in rows], per_image
 
 
 def score_reconstruction(references: References) -> list[Record]:
     """The tokenizer's own Fréchet distance: decoded validation tokens against the images they came from."""
     real, tokens = references.real.features, references.tokens.features
-    value, error = _frechet(tokens.pool, real.pool)
+    value, error = frechet_distance_from_features(tokens.pool, real.pool), standard_error(_influence(tokens.pool, real.pool))
     return [_record(references.network, len(tokens), "FD-fashion (reconstruction)", "fashion", value, error, references.real)]
 
 
-def _frechet(samples_ND: np.ndarray, reference_MD: np.ndarray) -> tuple[float, float]:
+def _influence(samples_ND: np.ndarray, reference_MD: np.ndarray) -> np.ndarray:
     reference = moments(reference_MD)
-    return frechet_distance_from_features(samples_ND, reference_MD), frechet_standard_error(
-        samples_ND, reference.mean, reference.covariance
-    )
+    return frechet_influence(samples_ND, reference.mean, reference.covariance)
 
 
 def _record(

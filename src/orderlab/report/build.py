@@ -30,11 +30,18 @@ FASHION = [
 READING = [
     "Each metric is named with its feature network; N is the number of generated images (for NLL: of validation images), "
     "ref of reference images. ± is one standard error of this measurement, not the spread over training seeds; where a cell counts "
-    "seeds, it is their mean and ± their standard deviation.",
+    "k seeds, it is their mean and ± the standard error of that mean, SD/√k.",
     "An empty cell was not measured. No number of ours is copied from the source.",
     "NLL is in nats a token on validation images. Above ln V (†) the model does worse than a uniform guess: it is not ignorant but "
     "sure of something else, the token of another position.",
 ]
+
+
+VERDICT_NOTE = (
+    "A verdict needs a two-sided 95 % interval of the difference (Student's t) that leaves out zero, each claim by itself. Numbers of the same images are "
+    "paired image by image, runs of the same seeds seed by seed, others are taken as independent, which is said. With one training seed the interval does "
+    "not hold the spread over seeds. Where a number has no error there is no verdict."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +172,7 @@ def _render(template: str, data: ReportData, sections: list[Section]) -> str:
         path_points=images.path_points,
         playback=_playback_json(data.playback) if data.playback is not None and data.playback.orders else None,
         reading=_reading(data),
+        verdict_note=VERDICT_NOTE,
     )
     return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
 

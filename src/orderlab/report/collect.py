@@ -7,7 +7,7 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from orderlab.config import AnnealedOrder, RunConfig, SampleConfig
 from orderlab.data.fashion import CLASSES
 from orderlab.data.prepare import decode, tokenizer
 from orderlab.errors import UserError
+from orderlab.evaluate.arrays import read_per_image
 from orderlab.evaluate.diagnosis import verdict
 from orderlab.evaluate.likelihood import result_key
 from orderlab.order.coverage import coverage_curve
@@ -37,11 +38,12 @@ from orderlab.report.data import (
 from orderlab.report.data import Row as ReportRow
 from orderlab.report.images import png_bytes, sample_grid
 from orderlab.report.learned import gallery
+from orderlab.report.verdicts import over_seeds
 from orderlab.runtime.files import read_json, write_atomically
-from orderlab.runtime.run import RunFolder, code_version, device_name
+from orderlab.runtime.run import RunFolder, code_version
 from orderlab.sampling.sample import SampleSet, sample_name
 
-GRID_SAMPLES = 60
+GRID_SAMPLES, PICTURE_SAMPLES = 60, 100  # of a row in the report, and of `orderlab sample --picture`
 PLAYBACK_IMAGES = 6
 
 
@@ -75,7 +77,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
         scale_description=scale.description,
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         code_version=code_version(),
-        device=device_name(),
+        device=_measured_on(rows, scale, runs, seed),
         tables=tables,
         runs=[curves for run, config in configs.items() if (curves := _curves(run_folder(runs, run, scale, seed), config))],
         orders=[OrderPicture(name, rank(path(name, *grid)[None]).view(grid).numpy()) for name in orders],
@@ -89,11 +91,12 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
 
 
 def _intro(table: str, scale: Scale) -> str:
+    seen = "has not seen" if scale.other_half else "saw among ImageNet-1K's"
     intros = {
         "2-in100": "One raster-trained model, its weights frozen; only the order of generation changes.",
         "2-in1k": "The study repeats the comparison with the released ImageNet-1K checkpoint.",
         "3-fixed": "Each model is trained from scratch in one order and generates in the same order.",
-        "3-finetune": "Raster training goes on from a pretrained model, on images it has not seen: all of it, or its last blocks.",
+        "3-finetune": f"Raster training goes on from a pretrained model, on images it {seen}: all of it, or its last blocks.",
         "ours-finetune": "What the fine-tunes start from, and a last-block fine-tune whose class rows are drawn anew.",
         "ours-schedule": "Names give the shares of training, in per cent, at which the anneal starts and ends.",
         "4-random-v1": "A fresh random order for each image and step, the position asked for not told.",
@@ -138,6 +141,7 @@ def read_row(row: Row, scale: Scale, runs: Path, seed: int, has_samples: bool = 
         cost=_cost(_json(folder.scores).get(name, {})),
         note="; ".join(note for note in (row_note(row, scale), _agreement(folder, own.sample), _failures(folder, runs)) if note),
         samples=_images(folder, name, GRID_SAMPLES) if has_samples else None,
+        model=f"{row.run}@{row.checkpoint}, target {row.target}",
     )
 
 
@@ -160,14 +164,17 @@ def _seeds(runs: Path, run: str, scale: Scale, seed: int) -> list[int]:
 
 
 def _metrics(row: Row, variant: Variant, scale: Scale, runs: Path, seed: int) -> dict[str, Value]:
-    """A sample set's metrics: of this seed, or where several seeds were scored, their mean and spread."""
-    per_seed: list[dict[str, Value]] = []
+    """A sample set's metrics: of this seed, or where several seeds were scored, their mean and its error."""
+    per_metric: dict[str, dict[int, Value]] = {}
     for k in _seeds(runs, row.run, scale, seed):
-        name = sample_name(variant.sample.edited(seed=k), variant.checkpoint)
-        records = _json(run_folder(runs, row.run, scale, k).scores).get(name, {}).get("records", [])
-        per_seed.append({r["metric"]: Value(r["value"], r["standard_error"], r["n"], r["n_reference"]) for r in records})
-    names = dict.fromkeys(name for metrics in per_seed for name in metrics)
-    return {name: _over_seeds([metrics[name] for metrics in per_seed if name in metrics]) for name in names}
+        folder = run_folder(runs, row.run, scale, k)
+        scored = _json(folder.scores).get(sample_name(variant.sample.edited(seed=k), variant.checkpoint), {})
+        for record in scored.get("records", []):
+            name, error, n = record["metric"], record["standard_error"], record["n"]
+            values_N = read_per_image(folder.root, scored.get("per_image"), name, n, error)
+            value = Value(record["value"], error, n, record["n_reference"], image_set=scored.get("image_set", ""), per_image_N=values_N)
+            per_metric.setdefault(name, {})[k] = value
+    return {name: over_seeds(values) for name, values in per_metric.items()}
 
 
 def _nll(row: Row, scale: Scale, runs: Path, seed: int, order: str | None = None) -> Value | None:
@@ -175,16 +182,15 @@ def _nll(row: Row, scale: Scale, runs: Path, seed: int, order: str | None = None
     if order is None and not row.likelihood_orders:
         return None
     key = result_key(order or row.likelihood_orders[0], row.checkpoint, row.target)
-    found = [_json(run_folder(runs, row.run, scale, k).root / "nll.json").get(key) for k in _seeds(runs, row.run, scale, seed)]
-    values = [Value(r["nll_per_token"], r["standard_error"], r["images"]) for r in found if r]
-    return _over_seeds(values) if values else None
-
-
-def _over_seeds(values: list[Value]) -> Value:
-    if len(values) == 1:
-        return values[0]
-    numbers = [value.value for value in values]
-    return Value(mean(numbers), stdev(numbers), values[0].n, values[0].n_reference, len(values))
+    by_seed = {}
+    for k in _seeds(runs, row.run, scale, seed):
+        folder = run_folder(runs, row.run, scale, k).root
+        found = _json(folder / "nll.json").get(key)
+        if found:
+            error, n = found["standard_error"], found["images"]
+            values_N = read_per_image(folder, found.get("per_image"), "NLL", n, error)
+            by_seed[k] = Value(found["nll_per_token"], error, n, image_set=found.get("image_set", ""), per_image_N=values_N)
+    return over_seeds(by_seed) if by_seed else None
 
 
 def _headline_variants(rows: list[Row], scale: Scale, runs: Path, seed: int) -> list[Table]:
@@ -259,6 +265,20 @@ def _cost(scored: dict[str, Any]) -> Cost | None:
     return Cost(steps=scored["steps"], seconds_per_image=seconds, images_per_second=1 / seconds if seconds else None)
 
 
+def _measured_on(rows: list[Row], scale: Scale, runs: Path, seed: int) -> str:
+    """Where the rows' images were generated and in which precision, as stored with them; not where the report is built."""
+    found = {}
+    for row in rows:
+        own = variants(row, scale, seed)[0]
+        file = run_folder(runs, row.run, scale, seed).samples / sample_name(own.sample, own.checkpoint) / "sample.json"
+        if file.exists():
+            meta = read_json(file)
+            place = " in ".join(str(meta[key]) for key in ("device", "precision") if meta.get(key)) or "device not recorded"
+            found[place] = found.get(place, 0) + 1
+    counted = list(found) if len(found) == 1 else [f"{place} ({count} of {sum(found.values())} rows)" for place, count in found.items()]
+    return f"images generated on {'; '.join(counted)}" if found else "no images yet"
+
+
 def _images(folder: RunFolder, name: str, count: int) -> np.ndarray | None:
     if not (folder.samples / name / "sample.json").exists():
         return None
@@ -266,11 +286,11 @@ def _images(folder: RunFolder, name: str, count: int) -> np.ndarray | None:
 
 
 def save_samples(run_dir: Path, name: str, file: Path) -> None:
-    """Write the first images of a sample set as one PNG."""
-    images = _images(RunFolder(run_dir), name, GRID_SAMPLES)
+    """Write the first 100 images of a sample set as one PNG."""
+    images = _images(RunFolder(run_dir), name, PICTURE_SAMPLES)
     if images is None:
         raise UserError(f"{run_dir} has no sample set {name}; run orderlab sample first")
-    write_atomically(file, png_bytes(sample_grid(images)))
+    write_atomically(file, png_bytes(sample_grid(images, PICTURE_SAMPLES)))
 
 
 def _curves(folder: RunFolder, config: RunConfig) -> RunCurves | None:

@@ -9,6 +9,7 @@ pictures belong here: how far the heads look in raster and in RAR, and quality a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -190,7 +191,9 @@ def steps_picture(runs: Runs) -> Picture | None:
     for row in ROWS:
         name, _, steps = row.sampler.rpartition("-")
         if row.table == "ours-masked" and (value := Method(row, runs).distance) is not None:
-            curves.setdefault(name.removeprefix("unmask-"), []).append((int(steps), value.value, value.standard_error or 0.0))
+            curves.setdefault(name.removeprefix("unmask-"), []).append(
+                (int(steps), value.value, math.nan if value.standard_error is None else value.standard_error)
+            )
     if not any(len(points) > 1 for points in curves.values()):
         return None
     rows = {row.id: row for row in ROWS}

@@ -1,6 +1,7 @@
 """What a report says, as plain frozen records: `collect.py` fills them from run folders and `build.py` prints them.
 A number that was not measured is None and is printed as an empty cell. P grid position · H, W grid or image height and width."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,17 @@ class Value:
 
     value: float
     standard_error: float | None = None
+    """Of the measurement; with several seeds that of their mean, SD/√k."""
     n: int | None = None
     n_reference: int | None = None
     seeds: int = 1
-    """Training seeds behind it; with several, `value` is their mean and `standard_error` their standard deviation."""
+    """Training seeds behind it; with several, `value` is their mean."""
+    by_seed: Mapping[int, "Value"] = field(default_factory=dict, compare=False, repr=False)
+    """The number of each seed, where it is known."""
+    image_set: str = ""
+    """Which images it is of, in which order."""
+    per_image_N: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """What each of them adds to it, up to a constant: numbers of one image set are compared image by image."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Row:
     cost: Cost | None = None
     note: str = ""
     samples: np.ndarray | None = None
+    model: str = ""
+    """What makes the images: run, checkpoint, and whether the target is told."""
 
 
 @dataclass(frozen=True, eq=False)

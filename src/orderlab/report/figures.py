@@ -142,8 +142,8 @@ def likelihood(table: Table, vocabulary: int | None) -> Figure | None:
         axes = figure.subplots()
         axes.barh(range(len(bars)), [nll.value for _, nll in bars], height=0.62, color=[order_colour(name) for name in names], zorder=2)
         for i, (_, nll) in enumerate(bars):
-            error = nll.standard_error or 0.0
-            axes.errorbar(nll.value, i, xerr=error, color=INK, linewidth=1.0, zorder=3)
+            if nll.standard_error is not None:
+                axes.errorbar(nll.value, i, xerr=nll.standard_error, color=INK, linewidth=1.0, zorder=3)
             mark = " †" if is_above_uniform(nll, vocabulary) else ""
             axes.annotate(
                 f"{nll.value:.2f}{mark}",

@@ -41,9 +41,9 @@ def _tiled(images: np.ndarray, columns: int, gap: int) -> Image.Image:
     return Image.fromarray(canvas)
 
 
-def sample_grid(images: np.ndarray) -> Image.Image:
-    """The first 64 images (uint8), two pixels apart: ten columns where they fill them (then each is a class of ten), else near square."""
-    shown = _small(np.asarray(images)[:GRID_IMAGES], GRID_SIDE)
+def sample_grid(images: np.ndarray, most: int = GRID_IMAGES) -> Image.Image:
+    """The first so many images (uint8), two pixels apart: ten columns where they fill them (then each is a class of ten), else near square."""
+    shown = _small(np.asarray(images)[:most], GRID_SIDE)
     columns = 10 if len(shown) > 10 and len(shown) % 10 == 0 else max(1, math.ceil(math.sqrt(len(shown))))
     return _tiled(shown, columns, 2)
 

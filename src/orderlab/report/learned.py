@@ -35,7 +35,8 @@ MOMENTS, DRAFTS, MAPS = 5, 10, 10
 
 def gallery(folders: dict[str, RunFolder]) -> Gallery | None:
     """The pictures of all OrderHead runs, by recipe; None where none was trained."""
-    pictures = [picture for run, folder in folders.items() for picture in _pictures(run, folder)]
+    begun = {run: folder for run, folder in folders.items() if (folder.root / "config.json").exists()}
+    pictures = [picture for run, folder in begun.items() for picture in _pictures(run, folder)]
     intro = (
         "Every step of training, the mean of normalised scores at each position (dark low, pale high) as training goes on and by class, "
         "and the first group of each order over the draft it was read off."

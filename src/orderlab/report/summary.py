@@ -8,6 +8,9 @@ from scipy.stats import spearmanr
 
 from orderlab.report.data import ReportData, Row, Table
 from orderlab.report.tables import counts_of, is_above_uniform, lower_is_better
+from orderlab.report.verdicts import difference
+
+EXACT_SAMPLERS = ("", "kv-cache", "kv-cache-static", "full-forward")
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,35 @@ def rank_agreement(table: Table) -> RankAgreement | None:
     return RankAgreement(rho, len(both), *table.compare)
 
 
-def _best(table: Table, name: str) -> Row | None:
-    rows = [row for row in table.rows if name in row.metrics and math.isfinite(row.metrics[name].value)]
-    if len(rows) < 2:
-        return None
-    sign = 1 if lower_is_better(name) else -1
-    return min(rows, key=lambda row: sign * row.metrics[name].value)
+def _processes(table: Table, name: str) -> list[Row]:
+    """The rows that have the number, one for each way of making images: exact samplers of one model and order differ by rounding alone."""
+    found: dict[tuple[str, str, str], Row] = {}
+    for row in table.rows:
+        if name in row.metrics and math.isfinite(row.metrics[name].value):
+            sampler = "" if row.sampler in EXACT_SAMPLERS else row.sampler
+            found.setdefault((row.model, row.order, sampler), row)
+    return list(found.values())
 
 
 def _best_fact(table: Table) -> Fact | None:
+    """The best order, and with it those that no clear difference sets apart: ties are said, and so is a missing error."""
     name = table.compare[0] if table.compare else ""
-    row = _best(table, name)
-    if row is None:
+    rows = _processes(table, name)
+    if len(rows) < 2:
         return None
-    value = row.metrics[name]
+    sign = 1 if lower_is_better(name) else -1
+    best = min(rows, key=lambda row: sign * row.metrics[name].value)
+    value = best.metrics[name]
+    differences = {row.id: difference(row.metrics[name], value) for row in rows if row is not best}
+    is_by_order = len({row.order for row in rows}) == len(rows)
+    tied = [row for row in rows if row is not best and (found := differences[row.id]) is not None and not found.is_clear]
+    names = [row.order if is_by_order else row.label for row in (best, *tied)]
     error = f" ± {value.standard_error:.2g}" if value.standard_error is not None else ""
-    return Fact("Best order", row.label, f"{name} {value.value:.3g}{error}" + (f", {counts}" if (counts := counts_of(value)) else ""))
+    notes = [f"{name} {value.value:.3g}{error}", counts_of(value)]
+    notes += [f"no clear difference to {', '.join(names[1:])}" if tied else ""]
+    notes += ["not every row has an error: ties unknown" if None in differences.values() else ""]
+    kind = "Best order" if is_by_order else "Best row"
+    return Fact(kind, f"{names[0]}, tied with {len(tied)}" if tied else names[0], ", ".join(note for note in notes if note))
 
 
 def _agreement_fact(table: Table) -> Fact | None:

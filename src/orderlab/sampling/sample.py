@@ -27,7 +27,7 @@ from orderlab.models.oracle import load_oracle, true_class_probability
 from orderlab.runtime.dist import World, world
 from orderlab.runtime.files import read_json, write_json
 from orderlab.runtime.keys import generator, image_seeds
-from orderlab.runtime.run import RunFolder
+from orderlab.runtime.run import RunFolder, device_name
 from orderlab.sampling.draw import BadLogits
 from orderlab.sampling.methods import Method, method_for, passes
 from orderlab.sampling.semifast import Made, Rescore
@@ -112,7 +112,8 @@ def run(
                 "processes": here.size,
                 "steps": passes(config, run_config.model.positions),
             }
-            meta = {"config": config.model_dump(), "checkpoint": checkpoint, "content": content_hash(out), **cost}
+            made_on = {"device": device_name(), "precision": str(next(model.parameters()).dtype).removeprefix("torch.")}
+            meta = {"config": config.model_dump(), "checkpoint": checkpoint, "content": content_hash(out), **made_on, **cost}
             write_json(out / "sample.json", meta)
         here.barrier()
     return out

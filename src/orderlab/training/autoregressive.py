@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from orderlab.config import RandomOrder, RunConfig
-from orderlab.data.tokens import TokenSet
+from orderlab.data.tokens import TokenSet, evenly_spaced
 from orderlab.evaluate.likelihood import nll
 from orderlab.models.formats import save_gpt
 from orderlab.models.gpt import GPT
@@ -73,7 +72,7 @@ class Autoregressive(Objective[GPT]):
         return F.cross_entropy(logits_BTV.flatten(0, 1), batch.tokens_BT.flatten())
 
     def validate(self) -> dict[str, float]:
-        """NLL per token without dropout, on the validation images and on as many training images, in the orders the run ends in."""
+        """NLL per token without dropout, on the validation images and on as many evenly spaced training images, in the orders the run ends in."""
         return {"validation_nll": self._nll(self.validation), "train_nll": self._nll(self.train)}
 
     def _nll(self, token_set: TokenSet) -> float:
@@ -81,13 +80,13 @@ class Autoregressive(Objective[GPT]):
         policy, grid = self.config.policy, self.config.model.grid
         device = next(self.model.parameters()).device
         is_told = isinstance(policy, RandomOrder) and self.config.model.target_embedding
-        total, count = 0.0, min(len(token_set), len(self.validation))
-        for start in range(0, count, VALIDATION_BATCH):
-            indices = np.arange(start, min(start + VALIDATION_BATCH, count))
+        total, chosen = 0.0, evenly_spaced(len(token_set), len(self.validation))
+        for start in range(0, len(chosen), VALIDATION_BATCH):
+            indices = chosen[start : start + VALIDATION_BATCH]
             classes_B, tokens_BP = token_set.read(indices)
             order_BT, _ = draw_orders(policy, grid, len(indices), 1.0, generator("validation-order", start))
             total += float(nll(self.model, classes_B.to(device), tokens_BP.to(device), order_BT, target=is_told).double().sum())
-        return total / (count * self.config.model.positions)
+        return total / (len(chosen) * self.config.model.positions)
 
     def logs(self, images_seen: int) -> dict[str, float]:
         """What belongs beside the loss in the record of a step."""

@@ -12,14 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from orderlab.config import RunConfig
 from orderlab.config_tasks import MaskedTask
-from orderlab.data.tokens import TokenSet
+from orderlab.data.tokens import TokenSet, evenly_spaced
 from orderlab.evaluate.masked_likelihood import any_order_nll
 from orderlab.models.formats import save_masked
 from orderlab.models.masked import MaskedModel
@@ -66,17 +65,17 @@ class Masked(Objective[MaskedModel]):
         return (nll_BP * batch.is_masked_BP * batch.weight_B[:, None]).sum() / len(batch.classes_B)
 
     def validate(self) -> dict[str, float]:
-        """NLL per token averaged over random orders, on the validation images and on as many training images."""
+        """NLL per token averaged over random orders, on the validation images and on as many evenly spaced training images."""
         return {"validation_nll": self._nll(self.validation), "train_nll": self._nll(self.train)}
 
     def _nll(self, token_set: TokenSet) -> float:
         device = next(self.model.parameters()).device
-        total, count = 0.0, min(len(token_set), len(self.validation))
-        for start in range(0, count, VALIDATION_BATCH):
-            classes_B, tokens_BP = token_set.read(np.arange(start, min(start + VALIDATION_BATCH, count)))
+        total, chosen = 0.0, evenly_spaced(len(token_set), len(self.validation))
+        for start in range(0, len(chosen), VALIDATION_BATCH):
+            classes_B, tokens_BP = token_set.read(chosen[start : start + VALIDATION_BATCH])
             keyed = generator("validation-mask", start)
             total += float(any_order_nll(self.model, classes_B.to(device), tokens_BP.to(device), VALIDATION_DRAWS, keyed).sum())
-        return total / (count * self.config.model.positions)
+        return total / (len(chosen) * self.config.model.positions)
 
     def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
         """Write the weights (or `state` in their place) as a checkpoint that `load_masked` reads."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from orderlab.config import RunConfig
 from orderlab.config_tasks import OracleTask
 from orderlab.data.prepare import codebook
-from orderlab.data.tokens import TokenSet
+from orderlab.data.tokens import TokenSet, evenly_spaced
 from orderlab.errors import UserError
 from orderlab.models.oracle import Oracle, oracle_sizes, save_oracle
 from orderlab.order.perm import random_orders
@@ -60,7 +59,7 @@ class OracleTraining(Objective[Oracle]):
         return F.cross_entropy(forward(batch.tokens_BP, batch.shown_BK), batch.classes_B)
 
     def validate(self) -> dict[str, float]:
-        """val@25, val@100, and the same on as many training images."""
+        """val@25, val@100, and the same on as many evenly spaced training images."""
         count = min(len(self.train), len(self.validation))
         sets = {"val": (self.validation, len(self.validation)), "train": (self.train, count)}
         return {
@@ -82,17 +81,17 @@ def shown_count(share: float, positions: int) -> int:
 def accuracy(oracle: Oracle, token_set: TokenSet, share: float, images: int | None = None) -> float:
     """Share of images whose class the oracle names right from a random `share` of their tokens.
 
-    The first `images` images, all when None; which tokens are shown is drawn once and for all, the same for every oracle.
+    `images` evenly spaced images, all when None; which tokens are shown is drawn once and for all, the same for every oracle.
     Raises `UserError` for a share outside (0, 1].
     """
     if not 0 < share <= 1:
         raise UserError(f"share {share} of the tokens: expected more than 0 and at most 1")
     device, positions, right = oracle.codebook.device, oracle.config.positions, 0
-    count = len(token_set) if images is None else images
-    for start in range(0, count, VALIDATION_BATCH):
-        indices = np.arange(start, min(start + VALIDATION_BATCH, count))
+    chosen = evenly_spaced(len(token_set), len(token_set) if images is None else images)
+    for start in range(0, len(chosen), VALIDATION_BATCH):
+        indices = chosen[start : start + VALIDATION_BATCH]
         classes_B, tokens_BP = token_set.read(indices)
         orders_BP = random_orders(len(indices), positions, generator("patchdrop-validation", start))
         shown_BK = orders_BP[:, : shown_count(share, positions)].to(device)
         right += int((oracle(tokens_BP.to(device), shown_BK).argmax(1).cpu() == classes_B).sum())
-    return right / count
+    return right / len(chosen)

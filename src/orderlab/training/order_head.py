@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from orderlab.config import RunConfig
 from orderlab.config_tasks import OracleUse, OrderHeadTask
 from orderlab.data.prepare import codebook
-from orderlab.data.tokens import TokenSet
+from orderlab.data.tokens import TokenSet, evenly_spaced
 from orderlab.errors import UserError
 from orderlab.evaluate.diagnosis import Diagnosis
 from orderlab.evaluate.likelihood import nll
@@ -172,16 +172,16 @@ class OrderHead(Objective[OrderedGPT]):
     def _nlls(self, token_set: TokenSet, maps: ScoreMaps) -> tuple[float, float]:
         """Per token, over evenly spaced images: (in the learned orders, in raster)."""
         gpt, target, learned, raster = self.model.gpt, self.model.target, 0.0, 0.0
-        count = min(len(token_set), VALIDATION_IMAGES)
-        for indices in (torch.arange(count) * len(token_set) // count).split(VALIDATION_BATCH):
-            classes_B, tokens_BP = (x.to(self.device) for x in token_set.read(indices.numpy()))
+        chosen = evenly_spaced(len(token_set), VALIDATION_IMAGES)
+        for start in range(0, len(chosen), VALIDATION_BATCH):
+            classes_B, tokens_BP = (x.to(self.device) for x in token_set.read(chosen[start : start + VALIDATION_BATCH]))
             states_BPD = self.model.states(classes_B, tokens_BP)
             scores_BP = self.model.order_head(states_BPD).float()
             groups = split(scores_BP, self.task.first, 1.0)
             learned += float(nll(gpt, classes_B, tokens_BP, groups.order_BT, target=target).double().sum())
             raster += float(per_token_ce(gpt.head(states_BPD), tokens_BP).double().sum())
             maps.add(classes_B, scores_BP, groups)
-        tokens = count * self.config.model.positions
+        tokens = len(chosen) * self.config.model.positions
         return learned / tokens, raster / tokens
 
     def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:

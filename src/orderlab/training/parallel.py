@@ -86,13 +86,19 @@ def accumulating(forward: Any, is_last: bool) -> AbstractContextManager[object]:
 
 def clip(model: nn.Module, limit: float) -> Tensor:
     """Clip the global gradient norm; returns the norm before, on the device. Parameters without a gradient count for nothing."""
-    return whole(nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit))
+    trained = [p for p in model.parameters() if p.grad is not None]
+    return whole(nn.utils.clip_grad_norm_(trained, limit)) if trained else _nothing(model)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """The global gradient norm, on the device; zero where nothing has a gradient."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return whole(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros((), device=next(model.parameters()).device)
+    return whole(nn.utils.get_total_norm(gradients)) if gradients else _nothing(model)
+
+
+def _nothing(model: nn.Module) -> Tensor:
+    """The norm of no gradient, on the model's device, where the norms of its other parts are; torch's own lies on the CPU."""
+    return torch.zeros((), device=next(model.parameters()).device)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -27,8 +27,8 @@ def start_file(start: StartConfig, config: RunConfig, runs: Path) -> Path:
     if start.file is not None:
         if not Path(start.file).is_file():
             raise UserError(
-                f"{start.file} does not exist and run {config.recipe} starts from it; download it (LlamaGen publishes c2i_B_256.pt) "
-                "and name it with --start FILE"
+                f"{start.file} does not exist and run {config.recipe} starts from it; download it and name it with --start FILE "
+                "(LlamaGen publishes c2i_B_256.pt and c2i_L_256.pt, larger models at 384 pixels alone: train one at scale paper-1k-XL)"
             )
         return Path(start.file)
     folder = RunFolder(runs / f"{start.run}@{config.scale}" / f"seed{config.seed}")

@@ -46,7 +46,8 @@ def launch(
     from orderlab.reproduce import job_plans, work
     from orderlab.runtime.launch import Settings, sbatch_script, submit
 
-    chosen, known = catalog.rows_named(rows), catalog.scale_named(scale)
+    known = catalog.scale_named(scale)
+    chosen = catalog.rows_named(rows, known)
     plans = [plan for seed in numbers(seeds, "--seeds") for plan in job_plans(chosen, known, runs.absolute(), seed, data, start)]
     settings = Settings(runs.absolute() / "jobs", gpus, minutes, f"orderlab-{scale}", slurm)
     names = [f"{'+'.join(dict.fromkeys(row.run for row in plan.rows))}, seed {plan.seed}: {len(plan.rows)} rows" for plan in plans]

@@ -131,7 +131,7 @@ def nearest(samples: Path, /, picture: Path | None = None, network: str | None =
     """Nearest training images of a run's samples: does the model copy?
 
     Args:
-        samples: a sample set's folder, or a run folder with one sample set
+        samples: a sample set's folder, or a run folder: of several sets the one of its own order at guidance 2
         picture: write the samples nearest to training data beside their neighbours as a PNG
         network: inception, fashion, efficientnet-lite0 or a TorchScript file; by image size when empty
         json: print for programs

@@ -52,7 +52,8 @@ def train(
         "data.folder": data and str(data),
         "start.file": start and str(start),
     }
-    config = catalog.resolve(catalog.run_named(row), scale, seed, **{name: value for name, value in asked.items() if value is not None})
+    run = catalog.run_named(row, catalog.scale_named(scale))
+    config = catalog.resolve(run, scale, seed, **{name: value for name, value in asked.items() if value is not None})
     if dry_run:
         from orderlab.cost import training_cost
 
@@ -212,4 +213,5 @@ def nll(
     print(f"{'order':<14} nats/token  ± s.e.   bits/image   (uniform guess: {next(iter(results.values()))['uniform_nll']:.3f} nats)")
     for name, result in results.items():
         mark = "  above the uniform guess" if result["nll_per_token"] > result["uniform_nll"] else ""
-        print(f"{name:<14} {result['nll_per_token']:10.4f}  {result['standard_error']:6.4f}  {result['bits_per_image']:10.1f}{mark}")
+        error = "" if result["standard_error"] is None else f"{result['standard_error']:.4f}"  # of one image there is none
+        print(f"{name:<14} {result['nll_per_token']:10.4f}  {error:>6}  {result['bits_per_image']:10.1f}{mark}")

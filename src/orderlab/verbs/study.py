@@ -31,8 +31,8 @@ def reproduce(
         dry_run: print the cost of every run and row; do nothing
         json: print for programs
     """
-    chosen = list(catalog.ROWS) if rows == ("all",) else catalog.rows_named(rows)
     known = catalog.scale_named(scale)
+    chosen = catalog.rows_named(rows, known)
     from orderlab import reproduce as module
 
     if dry_run:
@@ -65,9 +65,9 @@ def list_rows(scale: str = "demo", runs: Path = RUNS, seed: Seed = 0, json: bool
         seed: the seed of the runs
         json: print for programs
     """
-    catalog.scale_named(scale)
+    rows = catalog.rows_at(catalog.scale_named(scale))
     entries = []
-    for row in catalog.ROWS:
+    for row in rows:
         status = runs / f"{row.run}@{scale}" / f"seed{seed}" / "status.json"
         state = read_state(status)
         entries.append(
@@ -87,7 +87,7 @@ def list_rows(scale: str = "demo", runs: Path = RUNS, seed: Seed = 0, json: bool
         print_json(entries)
         return
     lines = [("row", "run", "order", "FID-5K", "sFID", f"images@{scale}", "state")]
-    for row, entry in zip(catalog.ROWS, entries):
+    for row, entry in zip(rows, entries):
         fid, sfid = ("" if value is None else f"{value:.2f}" for value in (row.source.fid, row.source.sfid))
         lines.append((row.id, row.run, row.order, fid, sfid, f"{entry['images']:,}", str(entry["state"])))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -106,16 +106,17 @@ def show(row: str, /, scale: str = "demo", seed: Seed = 0, dry_run: bool = False
         dry_run: print parameters, FLOPs, memory, disk and time too
         json: print for programs
     """
-    config = catalog.resolve(catalog.run_named(row), scale, seed)
+    at_scale = catalog.scale_named(scale)
+    config = catalog.resolve(catalog.run_named(row, at_scale), scale, seed)
     shown: dict[str, Any] = {"train": config.model_dump(mode="json")}
-    known = next((r for r in catalog.ROWS if r.id == row), None)
+    known = next((r for r in catalog.rows_at(at_scale) if r.id == row), None)
     if known is not None:
-        shown |= {"row": known.id, "source": known.source.printed(), "note": catalog.row_note(known, catalog.scale_named(scale))}
-        shown["sample"] = catalog.sample_config(known, catalog.scale_named(scale)).model_dump(mode="json")
+        shown |= {"row": known.id, "source": known.source.printed(), "note": catalog.row_note(known, at_scale)}
+        shown["sample"] = catalog.sample_config(known, at_scale).model_dump(mode="json")
     if dry_run:
         from orderlab.cost import training_cost
 
-        print_cost(shown, training_cost(config, catalog.scale_named(scale)), json)
+        print_cost(shown, training_cost(config, at_scale), json)
     else:
         print_json(shown)
 
@@ -125,7 +126,7 @@ def report(scale: str = "demo", rows: tuple[str, ...] = ("2-in100",), seed: Seed
 
     Args:
         scale: the scale of the runs
-        rows: rows, tables or runs
+        rows: rows, tables or runs; "all" for the whole catalogue
         seed: the seed of the runs
         runs: where run folders lie
         out: folder to write; runs/reports/SCALE-seedK when empty
@@ -134,7 +135,8 @@ def report(scale: str = "demo", rows: tuple[str, ...] = ("2-in100",), seed: Seed
     from orderlab.report.collect import collect
     from orderlab.report.comparisons import with_comparisons
 
-    chosen, known = catalog.rows_named(rows), catalog.scale_named(scale)
+    known = catalog.scale_named(scale)
+    chosen = catalog.rows_named(rows, known)
     data = with_comparisons(collect(chosen, known, runs, seed), known, runs, seed)
     for page in build(data, out or runs / "reports" / f"{scale}-seed{seed}")[:2]:
         print(page)
