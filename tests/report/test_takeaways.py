@@ -244,3 +244,11 @@ def test_ties_of_the_best_order_are_said() -> None:
     assert "ties unknown" in best_fact(rows)[2]
     rows = [("raster-300", "raster", "kv-cache", Value(1.0, 0.1)), ("eight", "raster", "best-of-8", Value(3.0, 0.1))]
     assert best_fact(rows)[:2] == ("Best row", "raster-300")
+
+
+def test_models_that_share_an_order_are_counted_apart() -> None:
+    rows = [
+        Row(f"t/{i}", "r", "raster", nll=Value(nll), model=model) for i, (model, nll) in enumerate((("a", 9.0), ("b", 1.0), ("b", 1.0)))
+    ]
+    facts = headline(ReportData("t", "s", "", "", "", "", tables=[Table("t", "t", "", rows, ("FD", "x"))], vocabulary=512))
+    assert [fact.value for fact in facts] == ["1 of 2 models and orders"]
