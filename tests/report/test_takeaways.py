@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from orderlab import catalog
 from orderlab.report.data import ReportData, Row, Table, Value
 from orderlab.report.summary import headline
 from orderlab.report.takeaways import margin_of_the_study, takeaways
@@ -177,11 +178,17 @@ def test_the_order_matters_less_than_consistency(own: float, asked: float, verdi
 
 def test_a_claim_over_all_rows_needs_all_and_falls_with_one() -> None:
     """The study's best OrderHead is Experiment 3; another that beats raster decides against the claim."""
-    rows = {RASTER: (2.0, 0.1), "6-orderhead/exp3-ste-finetune": (9.0, 0.1), "6-orderhead/exp4-from-scratch": (8.0, 0.1)}
+    heads = [row.id for row in catalog.ROWS if row.table == "6-orderhead"]
+    rows = (
+        {RASTER: (2.0, 0.1)}
+        | {name: (9.0 if "exp3" in name else 10.0, 0.1) for name in heads}
+        | {"6-orderhead/exp4-from-scratch": (8.0, 0.1)}
+    )
     assert verdicts(rows, "No OrderHead") == [AGREE]
+    assert verdicts({name: rows[name] for name in (RASTER, *heads[:5])}, "No OrderHead") == [UNDECIDED]
     found = next(t for t in takeaways(report(rows)) if "No OrderHead" in t.claim)
     assert "exp4-from-scratch 8" in found.evidence
-    assert "2 of 2 rows are clearly worse, 6 are in the study" in found.evidence
+    assert "of 6 rows 6 were measured, 6 of them clearly worse" in found.evidence
     assert verdicts(rows | {"6-orderhead/exp5-short-finetune": (1.0, 0.1)}, "No OrderHead") == [DISAGREE]
     assert verdicts(rows | {"6-orderhead/exp5-short-finetune": (2.1, 0.1)}, "No OrderHead") == [UNDECIDED]
 
