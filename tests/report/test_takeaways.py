@@ -56,7 +56,8 @@ def test_a_verdict_needs_an_error_and_an_interval_without_zero(rar: float, raste
 
 
 def test_one_missing_error_is_enough_for_no_verdict() -> None:
-    assert verdicts({RAR: (1.0, 0.1), RASTER: (9.0, None)}, "RAR beats raster") == [NO_VERDICT]
+    for missing in (None, math.nan, 0.0):
+        assert verdicts({RAR: (1.0, 0.1), RASTER: (9.0, missing)}, "RAR beats raster") == [NO_VERDICT]
 
 
 def test_the_same_images_are_paired() -> None:
