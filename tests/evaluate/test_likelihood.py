@@ -84,3 +84,21 @@ def test_a_measurement_has_the_error_and_the_bits_of_its_images(tmp_path: Path) 
 def test_bad_input_is_refused(classes: list, tokens: list, message: str) -> None:
     with pytest.raises(UserError, match=message):
         nll(GPT(TINY), torch.tensor(classes), torch.tensor(tokens), path("raster", 2, 2))
+
+
+def test_a_measurement_is_the_mean_over_images_with_its_error(token_folder: Path) -> None:
+    """Nats a token, its error SD/√N over images, bits an image over all tokens, and the images that it is of."""
+    model, validation = noisy(TINY.edited(grid=(4, 4), vocabulary=29, classes=5)), TokenSet(token_folder / "validation")
+    classes_B, tokens_BP = validation.read(np.arange(40))
+    nats_N = nll(model, classes_B, tokens_BP, path("spiral", 4, 4)).double().sum(1).numpy()
+    found = measure(model, validation, "spiral")
+    assert found["nll_per_token"] == pytest.approx(nats_N.mean() / 16)
+    assert found["standard_error"] == pytest.approx(nats_N.std(ddof=1) / 16 / 40**0.5)
+    assert found["bits_per_image"] == pytest.approx(nats_N.mean() / math.log(2))
+    assert found["per_image"] == pytest.approx(nats_N / 16)
+    assert found["image_set"] == measure(model, validation, "raster")["image_set"]
+    validation.tokens, validation.labels = validation.tokens[:1], validation.labels[:1]
+    validation.meta = validation.meta.model_copy(update={"images": 1})
+    alone = measure(model, validation, "spiral")
+    assert alone["standard_error"] is None
+    assert alone["image_set"] != found["image_set"]

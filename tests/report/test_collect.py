@@ -9,8 +9,10 @@ import pytest
 from orderlab import catalog
 from orderlab.catalog import SCALES, resolve, variants
 from orderlab.evaluate.arrays import keep_per_image
+from orderlab.evaluate.score import _is_scored
 from orderlab.report.collect import _measured_on, collect
 from orderlab.report.data import Value
+from orderlab.runtime.run import RunFolder
 from orderlab.sampling.sample import sample_name
 
 SMOKE = SCALES["smoke"]
@@ -122,3 +124,14 @@ def test_all_rows_are_collected_before_anything_was_trained(tmp_path: Path) -> N
     data = collect(catalog.rows_named(["all"], SMOKE), SMOKE, tmp_path, 0)
     assert sum(len(table.rows) for table in data.tables) == len(catalog.ROWS)
     assert data.galleries == []
+
+
+def test_scores_stand_while_the_images_are_the_same(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (folder.samples / "a").mkdir(parents=True)
+    (folder.samples / "a/sample.json").write_text(json.dumps({"content": "new"}))
+    entries = {"a": {"content": "new"}, "deleted": {"content": "x"}}
+    assert _is_scored(folder, "a", entries)
+    assert not _is_scored(folder, "a", {"a": {"content": "old"}})
+    assert _is_scored(folder, "deleted", entries)
+    assert not _is_scored(folder, "b", entries)

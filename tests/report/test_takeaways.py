@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from orderlab import catalog
 from orderlab.report.data import ReportData, Row, Table, Value
 from orderlab.report.summary import headline
 from orderlab.report.takeaways import margin_of_the_study, takeaways
@@ -55,7 +56,8 @@ def test_a_verdict_needs_an_error_and_an_interval_without_zero(rar: float, raste
 
 
 def test_one_missing_error_is_enough_for_no_verdict() -> None:
-    assert verdicts({RAR: (1.0, 0.1), RASTER: (9.0, None)}, "RAR beats raster") == [NO_VERDICT]
+    for missing in (None, math.nan, 0.0):
+        assert verdicts({RAR: (1.0, 0.1), RASTER: (9.0, missing)}, "RAR beats raster") == [NO_VERDICT]
 
 
 def test_the_same_images_are_paired() -> None:
@@ -177,11 +179,17 @@ def test_the_order_matters_less_than_consistency(own: float, asked: float, verdi
 
 def test_a_claim_over_all_rows_needs_all_and_falls_with_one() -> None:
     """The study's best OrderHead is Experiment 3; another that beats raster decides against the claim."""
-    rows = {RASTER: (2.0, 0.1), "6-orderhead/exp3-ste-finetune": (9.0, 0.1), "6-orderhead/exp4-from-scratch": (8.0, 0.1)}
+    heads = [row.id for row in catalog.ROWS if row.table == "6-orderhead"]
+    rows = (
+        {RASTER: (2.0, 0.1)}
+        | {name: (9.0 if "exp3" in name else 10.0, 0.1) for name in heads}
+        | {"6-orderhead/exp4-from-scratch": (8.0, 0.1)}
+    )
     assert verdicts(rows, "No OrderHead") == [AGREE]
+    assert verdicts({name: rows[name] for name in (RASTER, *heads[:5])}, "No OrderHead") == [UNDECIDED]
     found = next(t for t in takeaways(report(rows)) if "No OrderHead" in t.claim)
     assert "exp4-from-scratch 8" in found.evidence
-    assert "2 of 2 rows are clearly worse, 6 are in the study" in found.evidence
+    assert "of 6 rows 6 were measured, 6 of them clearly worse" in found.evidence
     assert verdicts(rows | {"6-orderhead/exp5-short-finetune": (1.0, 0.1)}, "No OrderHead") == [DISAGREE]
     assert verdicts(rows | {"6-orderhead/exp5-short-finetune": (2.1, 0.1)}, "No OrderHead") == [UNDECIDED]
 
@@ -264,3 +272,11 @@ def test_ties_of_the_best_order_are_said() -> None:
     assert "ties unknown" in best_fact(rows)[2]
     rows = [("raster-300", "raster", "kv-cache", Value(1.0, 0.1)), ("eight", "raster", "best-of-8", Value(3.0, 0.1))]
     assert best_fact(rows)[:2] == ("Best row", "raster-300")
+
+
+def test_models_that_share_an_order_are_counted_apart() -> None:
+    rows = [
+        Row(f"t/{i}", "r", "raster", nll=Value(nll), model=model) for i, (model, nll) in enumerate((("a", 9.0), ("b", 1.0), ("b", 1.0)))
+    ]
+    facts = headline(ReportData("t", "s", "", "", "", "", tables=[Table("t", "t", "", rows, ("FD", "x"))], vocabulary=512))
+    assert [fact.value for fact in facts] == ["1 of 2 models and orders"]

@@ -53,13 +53,13 @@ class References:
 
 
 def run(run_dir: str | Path, *, samples: list[str] | None = None) -> dict[str, Any]:
-    """Score a run's sample sets (all, or the named ones) into `scores.json`; those already scored are kept as they are."""
+    """Score a run's sample sets (all, or the named ones) into `scores.json`; those already scored are kept while their images are the same."""
     folder = RunFolder(run_dir)
     names = samples if samples is not None else sorted(p.parent.name for p in folder.samples.glob("*/sample.json"))
     if not names:
         raise UserError(f"{folder.root} has no samples to score; run orderlab sample first")
     scores: dict[str, Any] = read_json(folder.scores) if folder.scores.exists() else {}
-    missing = [name for name in names if name not in scores]
+    missing = [name for name in names if not _is_scored(folder, name, scores)]
     if missing:
         config = folder.config()
         references = _references(config.data, config.model.grid, folder.root.parent.parent / "tokens")
@@ -76,6 +76,12 @@ def run(run_dir: str | Path, *, samples: list[str] | None = None) -> dict[str, A
             }
             scores = add_to_json(folder.scores, {name: {**sample_set.meta, **kept}})
     return {name: scores[name] for name in names}
+
+
+def _is_scored(folder: RunFolder, name: str, scores: dict[str, Any]) -> bool:
+    """A set that was deleted keeps its scores; one that was sampled anew with other images loses them."""
+    file = folder.samples / name / "sample.json"
+    return name in scores and (not file.exists() or read_json(file).get("content") == scores[name].get("content"))
 
 
 def _origin(samples: SampleSet) -> Origin:

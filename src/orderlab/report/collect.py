@@ -226,6 +226,8 @@ def _training(configs: dict[str, RunConfig], rows: list[Row], scale: Scale, runs
         "NLL at the end, without dropout, in the orders the run ends in. Loss is training loss, the mean over the last tenth of each phase: "
         "random orders, the anneal, and the path that the run is trained in or annealed to."
     )
+    if any(config.task.kind == "order-head" for config in configs.values()):
+        intro += " An OrderHead's orders are read off the images themselves here, so its NLL is no likelihood; the rows' is."
     return [Table("training-runs", "Training runs", intro, entries)] if entries else []
 
 

@@ -102,13 +102,14 @@ def _label_fact(table: Table) -> Fact | None:
 
 
 def _ignorance_fact(table: Table, vocabulary: int | None) -> Fact | None:
-    nlls = {row.order: row.nll for row in table.rows if row.nll is not None}
+    nlls = {(row.model, row.order): row.nll for row in table.rows if row.nll is not None}
     if vocabulary is None or not nlls:
         return None
     above = sum(is_above_uniform(value, vocabulary) for value in nlls.values())
+    what = "orders" if len({model for model, _ in nlls}) == 1 else "models and orders"
     return Fact(
         "Worse than a uniform guess",
-        f"{above} of {len(nlls)} orders",
+        f"{above} of {len(nlls)} {what}",
         f"validation NLL above ln {vocabulary:,} = {math.log(vocabulary):.2f} nats a token",
     )
 

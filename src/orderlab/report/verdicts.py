@@ -51,7 +51,9 @@ class Contrast:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        return f"{self.value:+.2g}, 95 % interval {self.low:+.2g} to {self.high:+.2g} ({self.basis})"
+        decimals = max(0, 1 - math.floor(math.log10(self.half_width))) if self.half_width else 3
+        value, low, high = (f"{number:+.{decimals}f}" for number in (self.value, self.low, self.high))
+        return f"{value}, 95 % interval {low} to {high} ({self.basis})"
 
 
 def over_seeds(by_seed: dict[int, Value]) -> Value:
