@@ -170,7 +170,9 @@ def call(verb: str, arguments: list[str]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory|not enough memory", str(error)):
             raise
-        raise UserError(f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'the host'}); {memory_advice(named)}") from None
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'the host'}); {memory_advice(named)}"
+        ) from None
 
 
 def memory_advice(named: dict[str, Any]) -> str:
