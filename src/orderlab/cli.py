@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         fail(f"{error.strerror or error}: {error.filename or 'no file named'}; check the path, its rights and the disk")
 
 
-PATIENCE, LOST_PATIENCE = 3.0, 6.0
+PATIENCE, LOST_PATIENCE = 10.0, 20.0
 """Seconds that all but the first of several processes wait before they speak: torchrun ends them when the first has, or whoever knows more."""
 
 

@@ -71,7 +71,7 @@ def test_a_run_goes_on_with_other_knobs_of_speed_and_memory(tiny_run: RunConfig,
     folder = RunFolder(tmp_path).create(tiny_run)
     folder.create(tiny_run.edited(micro_batch=4, compile=True, sharding="fsdp", checkpoint_every=64))
     assert folder.config() == tiny_run
-    with pytest.raises(UserError, match="another config .precision: found fp32, asked bf16."):
+    with pytest.raises(UserError, match=r"another config \(precision: found fp32, asked bf16\)"):
         folder.create(tiny_run.edited(micro_batch=4, precision="bf16"))
 
 

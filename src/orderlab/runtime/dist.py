@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ LOST = re.compile(
 """What gloo, NCCL and their sockets say when a peer is gone; all else that they say is a fault of its own."""
 PATIENCE = timedelta(hours=12)
 """How long processes wait for one that lists or encodes a data set for all; a collective of the step waits torch's own ten minutes."""
-_patient: list[dist.ProcessGroup] = []  # the group that waits so long, while there is one
+_patient: list[Any] = []  # the group that waits so long, while there is one
 
 
 @dataclass(frozen=True)
