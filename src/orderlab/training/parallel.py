@@ -24,7 +24,8 @@ def is_sharded(config: RunConfig, here: World) -> bool:
 def prepare(model: nn.Module, ema: AveragedModel | None, config: RunConfig, here: World) -> nn.Module:
     """Compile, then wrap or shard; returns what is called in the forward pass. Weights are in place before, the optimizer made after."""
     if config.compile:
-        for layer in getattr(model, "layers", []):
+        layers = getattr(model, "layers", None)
+        for layer in layers if isinstance(layers, nn.ModuleList) else ():
             layer.compile()
     if is_sharded(config, here):
         shard(model)
