@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a seeded synthetic token set and a run config small enough to train in seconds."""
 
+import dataclasses
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -99,3 +100,24 @@ def tiny_run(token_folder: Path) -> RunConfig:
         batch=16,
         precision="fp32",
     )
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder with two rows of Section 2 at a scale smaller than smoke, carried out by `reproduce`."""
+    from orderlab import catalog, reproduce
+    from orderlab.runtime.console import Console
+
+    folder = tmp_path_factory.mktemp("runs")
+    catalog.SCALES["tiny-test"] = dataclasses.replace(
+        catalog.SCALES["smoke"],
+        name="tiny-test",
+        data=catalog.FASHION.edited(train_images=200, validation_images=500),
+        unit_images=640,
+        sample_images=60,
+        sample_batch=60,
+    )
+    rows = catalog.rows_named(["2-in100/zigzag", "2-in100/raster-heuristic-sampler"])
+    plan = reproduce.Plan(rows, catalog.SCALES["tiny-test"], folder, seed=0)
+    assert reproduce.run(plan, Console(quiet=True)) == folder / "reports/tiny-test-seed0/report.html"
+    return folder
