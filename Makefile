@@ -16,7 +16,7 @@ demo: $(VENV)/installed  ## train, generate in ten rows, score and report
 	$(BIN)/orderlab reproduce --scale demo
 
 test: $(VENV)/installed  ## the tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed  ## ruff, its formatter, and pyrefly
 	$(BIN)/ruff check src tests

@@ -87,9 +87,8 @@ def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[str, 
     if "row" in found:
         catalog.run_named(found["row"])
     if verb == "sample":
-        sampler = found.get("sampler", "kv-cache")
-        own_order = sampler.split("-")[1] if sampler.startswith("unmask") else "raster"
-        SampleConfig(order=found.get("order", own_order), sampler=sampler)
+        has_own_order = found["sampler"].startswith("unmask") and found["order"] == "raster"  # as the verb has it
+        SampleConfig(order=found["sampler"].split("-")[1] if has_own_order else found["order"], sampler=found["sampler"])
     return verb, found
 
 
