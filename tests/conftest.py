@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a seeded synthetic token set and a run config small enough to train in seconds."""
 
+import dataclasses
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -131,3 +132,25 @@ def every_task(tiny_run: RunConfig, coded_folder: Path, small_vq: Path) -> dict[
         "order-head": base.edited(recipe="order-head", task=learned.model_dump()),
         "order-head-frozen": base.edited(recipe="order-head-frozen", task=frozen.model_dump()),
     }
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder with two rows of Section 2 at a scale smaller than smoke, carried out by `reproduce`."""
+    from orderlab import catalog, reproduce
+    from orderlab.runtime.console import Console
+
+    folder = tmp_path_factory.mktemp("runs")
+    catalog.SCALES["tiny-test"] = dataclasses.replace(
+        catalog.SCALES["smoke"],
+        name="tiny-test",
+        data=catalog.FASHION.edited(train_images=200, validation_images=500),
+        unit_images=640,
+        sample_images=60,
+        sample_batch=60,
+        optim=OptimConfig(lr=3e-3),
+    )
+    rows = catalog.rows_named(["2-in100/zigzag", "2-in100/raster-heuristic-sampler"])
+    plan = reproduce.Plan(rows, catalog.SCALES["tiny-test"], folder, seed=0)
+    assert reproduce.run(plan, Console(quiet=True)) == folder / "reports/tiny-test-seed0/report.html"
+    return folder

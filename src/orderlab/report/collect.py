@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -75,7 +75,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
         title="Token order in autoregressive image generation",
         scale=scale.name,
         scale_description=scale.description,
-        created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         code_version=code_version(),
         device=_measured_on(rows, scale, runs, seed),
         tables=tables,
