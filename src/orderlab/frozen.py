@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import Self
+
+MOST_SIDE = 256
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
+"""Height or width of a token grid."""
 
 
 class Frozen(BaseModel):

@@ -143,6 +143,6 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "exploded",))
 
     torch.save({"model": Bomb()}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"holds .*pathlib\.PosixPath beside its tensors"):
         load_gpt(tmp_path / "a.pt")
     assert not (tmp_path / "exploded").exists()

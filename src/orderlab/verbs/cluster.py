@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orderlab import catalog
 from orderlab.errors import UserError
-from orderlab.verbs.output import RUNS, print_json
+from orderlab.verbs.output import RUNS, placed, print_json
 
 
 def launch(
@@ -19,6 +19,7 @@ def launch(
     slurm: tuple[str, ...] = (),
     minutes: int = 24 * 60,
     data: Path | None = None,
+    tokenizer: str | None = None,
     start: Path | None = None,
     runs: Path = RUNS,
     local: bool = False,
@@ -35,6 +36,7 @@ def launch(
         slurm: sbatch's settings as key=value (partition=gpu account=vision constraint=h100)
         minutes: time limit of a job
         data: folder of token sets, where the scale's own is elsewhere
+        tokenizer: weight file or name of the image tokenizer, in place of the scale's; FILE#ema for averaged weights
         start: weight file that fine-tunes start from
         runs: where run folders lie
         local: run here instead, one job after the other, and wait
@@ -49,7 +51,8 @@ def launch(
     chosen, known = catalog.rows_named(rows), catalog.scale_named(scale)
     if not all(seed.isdigit() for seed in seeds.split(",")):
         raise UserError(f"--seeds {seeds}: expected numbers with commas between, such as 0,1,2")
-    plans = [plan for seed in seeds.split(",") for plan in job_plans(chosen, known, runs.absolute(), int(seed), data, start)]
+    places = data, start, placed(tokenizer)
+    plans = [plan for seed in seeds.split(",") for plan in job_plans(chosen, known, runs.absolute(), int(seed), *places)]
     settings = Settings(runs.absolute() / "jobs", gpus, minutes, f"orderlab-{scale}", slurm)
     names = [f"{'+'.join(dict.fromkeys(row.run for row in plan.rows))}, seed {plan.seed}: {len(plan.rows)} rows" for plan in plans]
     if print:

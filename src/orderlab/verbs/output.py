@@ -26,6 +26,11 @@ def validated(model: type[Any], values: dict[str, Any]) -> Any:
         raise UserError(f"--{str(first['loc'][0]).replace('_', '-')}: {message} (got {first['input']!r})") from None
 
 
+def placed(tokenizer: str | None) -> str | None:
+    """A tokenizer's file by its absolute name, so that a run's config means the same in every folder; a shipped one by its own."""
+    return str(Path(tokenizer).absolute()) if tokenizer and Path(tokenizer.partition("#")[0]).is_file() else tokenizer
+
+
 def read_state(status: Path) -> str:
     """What `list` says of a run's status file."""
     try:
