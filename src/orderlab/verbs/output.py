@@ -36,7 +36,7 @@ def read_state(status: Path) -> str:
     try:
         content = json.loads(status.read_text())
         return content["state"] if content["state"] == "trained" else f"{content['state']} {content['images'] / content['of']:.0%}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return "-"
 
 
