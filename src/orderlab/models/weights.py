@@ -96,7 +96,9 @@ def read_pickle(file: Path, kind: str) -> Any:
         except Exception:
             unsafe: list[str] = []
             with suppress(Exception):  # a damaged file has no list
-                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+                unsafe = sorted(
+                    torch.serialization.get_unsafe_globals_in_checkpoint(str(file)), key=lambda name: (name.startswith("builtins"), name)
+                )
             if unsafe:
                 raise UserError(
                     f"{kind} {file} holds {', '.join(unsafe[:3])} beside its tensors, and only tensors, containers and numbers are read: "
