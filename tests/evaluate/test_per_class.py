@@ -60,9 +60,9 @@ def test_classes_are_paired_by_name_not_by_number(tmp_path, monkeypatch):
     """A fine-tune of ImageNet-1K has its own rows for the hundred classes that a reference of ImageNet-100 counts from 0."""
     monkeypatch.setattr("orderlab.evaluate.score_samples.network_for", lambda samples, name: Tiny())
     thousand, hundred = wordnet_ids("imagenet1k"), wordnet_ids("imagenet100")
-    chosen = [hundred[0], hundred[1]]
+    chosen = [hundred[0], hundred[99]]
     rows = np.array([thousand.index(name) for name in chosen])
-    reference = write_npz(tmp_path / "r.npz", np.arange(60) % 2, hundred, True)
+    reference = write_npz(tmp_path / "r.npz", np.arange(60) % 2 * 99, hundred, True)
     samples = write_npz(tmp_path / "s.npz", rows[np.arange(40) % 2], thousand, False)
     result = score_samples.run(samples, reference=reference, has_classes=True)["s.npz"]
     assert [row["label"] for row in result["classes"]] == rows.tolist()
@@ -73,7 +73,7 @@ def test_classes_are_paired_by_name_not_by_number(tmp_path, monkeypatch):
     nameless = write_npz(tmp_path / "n.npz", rows[np.arange(40) % 2], None, False)
     with pytest.raises(UserError, match=r"n\.npz has labels .* where 100 classes are numbered"):
         score_samples.run(nameless, reference=reference, has_classes=True)
-    low = write_npz(tmp_path / "l.npz", np.arange(40) % 2, None, False)
+    low = write_npz(tmp_path / "l.npz", np.arange(40) % 2 * 99, None, False)
     result = score_samples.run(low, reference=reference, has_classes=True)["l.npz"]
     assert [line for line in result["warnings"] if "l.npz does not say which classes its labels number" in line]
 

@@ -1,5 +1,6 @@
 """Where a run starts and what of it trains: fine-tunes leave the frozen rest as it was, to the bit."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,7 @@ def test_a_start_of_another_grid_is_refused_until_the_user_says_so(pretrained: R
     for grid, fits in (((2, 8), False), ((4, 4), True)):
         out = tmp_path / f"{grid[0]}.safetensors"
         import_weights(file, out, heads=2, grid=grid)
+        shutil.rmtree(tmp_path / "tuned@smoke")
         changes = {"images": 0, "start": StartConfig(file=str(out)).model_dump()}
         if fits:
             finetuned(pretrained, tmp_path, **changes)

@@ -93,7 +93,7 @@ def read_pickle(file: Path, kind: str) -> Any:
     with torch.serialization.safe_globals(HARMLESS), reading(f"{kind} {file}", "it is truncated or not a weight file"):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:
+        except Exception as error:
             unsafe: list[str] = []
             with suppress(Exception):  # a damaged file has no list
                 unsafe = sorted(
@@ -104,6 +104,8 @@ def read_pickle(file: Path, kind: str) -> Any:
                     f"{kind} {file} holds {', '.join(unsafe[:3])} beside its tensors, and only tensors, containers and numbers are read: "
                     "save the state dict alone"
                 ) from None
+            if "weights_only" in str(error):  # torch's advice to run what is in the file
+                raise ValueError("no pickle of tensors") from None
             raise
 
 

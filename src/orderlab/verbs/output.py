@@ -31,6 +31,11 @@ def placed(tokenizer: str | None) -> str | None:
     return str(Path(tokenizer).absolute()) if tokenizer and Path(tokenizer.partition("#")[0]).is_file() else tokenizer
 
 
+def numbering(names: tuple[str, ...] | None) -> str:
+    """What labels number, for people."""
+    return f"{names[0]} to {names[-1]}" if names else "numbers without names"
+
+
 def read_state(status: Path) -> str:
     """What `list` says of a run's status file."""
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orderlab.errors import UserError
-from orderlab.verbs.output import print_json
+from orderlab.verbs.output import numbering, print_json
 
 
 def weights_inception(file: Path | None = None, download: bool = False) -> None:
@@ -183,7 +183,12 @@ def reference(
     found = image_batches(images, BATCH, size, classes, labels)
     seen = extractor(network or default_network(found.height, found.width))
     count = write_reference(found, str(images), out, seen, keep)
-    print(f"reference: {out} · {count:,} images of {found.height}x{found.width} · {seen.name}")
+    classes_said = (
+        "no labels"
+        if found.labels_N is None
+        else f"labels {found.labels_N.min()} to {found.labels_N.max()} ({numbering(found.class_names)})"
+    )
+    print(f"reference: {out} · {count:,} images of {found.height}x{found.width} · {classes_said} · {seen.name}")
 
 
 def reference_verify(reference: Path, samples: Path, /) -> None:
