@@ -177,7 +177,7 @@ def test_a_damaged_sample_set_is_one_line_or_whole(samples, tmp_path, data, name
 def test_a_reference_of_a_token_set_is_its_decoded_images(run_dir, tmp_path, capsys):
     token_set = TokenSet(RunFolder(run_dir).config().data.folder + "/validation")
     cli.main(["reference", str(token_set.folder), "--out", str(tmp_path / "ref.npz"), "--keep", "20"])
-    assert "60 images of 32x32 · fashion-cnn" in capsys.readouterr().out
+    assert "60 images of 32x32 · labels 0 to 9 (numbers without names) · fashion-cnn" in capsys.readouterr().out
     read, kept = np.load(tmp_path / "ref.npz"), np.linspace(0, 59, 20).round().astype(int)
     assert np.array_equal(read["arr_0"][..., 0], decode(tokenizer("fashion-8x8"), token_set.tokens[kept, 0], (8, 8)))
     assert read["arr_1"].tolist() == (kept % 10).tolist()
