@@ -43,6 +43,12 @@ def test_rar_schedules_are_150_75_75_and_200_100_100_epochs() -> None:
         assert config.model.target_embedding
 
 
+def test_a_scale_names_only_pretrained_files_that_are_published() -> None:
+    """LlamaGen published class-conditional GPT-B and GPT-L at 256 pixels; XL, XXL and 3B at 384 alone."""
+    named = {name: scale.pretrained for name, scale in catalog.SCALES.items() if scale.pretrained.startswith("c2i")}
+    assert named == {f"paper{k}{size}": f"c2i_{file}_256.pt" for k in ("", "-1k") for size, file in (("", "B"), ("-L", "L"))}
+
+
 def test_changes_override_scale_and_recipe() -> None:
     config = catalog.resolve("raster-300", "demo", 3, **{"optim.lr": 0.5, "images": 64})
     assert (config.optim.lr, config.images, config.seed) == (0.5, 64, 3)

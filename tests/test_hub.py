@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from orderlab import cli, hub
-from orderlab.config import RunConfig
+from orderlab.config import GPTConfig, RunConfig
 from orderlab.errors import UserError
 from orderlab.models.formats import load_gpt, read_weights
 from orderlab.models.gpt import GPT, PRESETS
@@ -23,7 +23,7 @@ KEYS = Path(__file__).parent / "fixtures/llamagen/gptB_keys.txt"
 
 @pytest.fixture(scope="module")
 def rar_run(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from orderlab.config import DataConfig, GPTConfig, OptimConfig
+    from orderlab.config import DataConfig, OptimConfig
 
     model = GPTConfig(layers=2, heads=2, dim=16, grid=(4, 4), vocabulary=29, classes=5, ffn_hidden=48)
     config = RunConfig(
@@ -55,6 +55,20 @@ def test_gpt_b_goes_through_our_format_and_back_to_the_bit(tmp_path: Path) -> No
     assert same(load_file(tmp_path / "c2i_B_256.safetensors"), state)
     assert hub._save_llamagen(load_gpt(tmp_path / "c2i_B_256.safetensors"), tmp_path / "back.pt") == []
     assert same(torch.load(tmp_path / "back.pt", weights_only=True)["model"], state)
+
+
+def test_an_import_prints_grid_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = GPTConfig(layers=1, heads=1, dim=8, grid=(3, 3), vocabulary=7, classes=9, ffn_hidden=8)
+    one, other = (GPT(sizes, seed=seed).state_dict() for seed in (1, 2))
+    torch.save({"model": one, "ema": other}, tmp_path / "own.pt")
+    cli.main(["hub", "import", f"{tmp_path}/own.pt#ema", "--heads", "1", "--grid", "3x3", "--classes", "10"])
+    said = capsys.readouterr().out
+    assert "3x3 tokens of 7 codes" in said
+    assert "10: the class table has 10 rows, none of them is a null class: no guidance" in said
+    assert same(load_file(tmp_path / "own-ema.safetensors"), other)
+    cli.main(["hub", "import", f"{tmp_path}/own.pt", "--heads", "1", "--grid", "3x3"])
+    assert "9: the class table has 10 rows, row 9 is the null class of guidance" in capsys.readouterr().out
+    assert same(load_file(tmp_path / "own.safetensors"), one)
 
 
 def test_a_run_as_llamagen_reads_it(rar_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -405,6 +405,7 @@ H100_TFLOPS, H100_TBS = 989, 3.35  # dense bf16 and memory, by the vendor's data
 UTILISATION = 0.35  # assumed of a well-compiled run, not measured
 
 FASHION = DataConfig(source="fashion", tokenizer="fashion-8x8", flip=False)
+FASHION_16 = "vq-fashion-16x16.safetensors"  # orderlab tokenizer train --grid 16x16 writes it
 TINY = GPTConfig(layers=2, heads=2, dim=32, ffn_hidden=96, grid=(8, 8), vocabulary=512, classes=10)
 ABOUT_1M = GPTConfig(layers=4, heads=4, dim=128, ffn_hidden=384, grid=(8, 8), vocabulary=512, classes=10)
 HEAD_FOR_1M = OrderHeadConfig(dim=64, layers=2, heads=4, mlp_dim=256)
@@ -472,7 +473,7 @@ SCALES: dict[str, Scale] = {
         Scale(
             "small",
             "all of Fashion-MNIST (60,000 images, 16×16 tokens), a model of about 10M parameters, 60 epochs a unit",
-            data=FASHION.edited(tokenizer="fashion-16x16", folder="fashion-mnist"),
+            data=FASHION.edited(tokenizer=FASHION_16, folder="fashion-mnist"),
             model=ABOUT_10M,
             unit_images=3_600_000,
             batch=128,
@@ -485,7 +486,7 @@ SCALES: dict[str, Scale] = {
             sustained_tflops=20,
             memory_tbs=0.5,
             compile="step",
-            other_half=FASHION.edited(tokenizer="fashion-16x16", folder="fashion-mnist", train_images=30_000),
+            other_half=FASHION.edited(tokenizer=FASHION_16, folder="fashion-mnist", train_images=30_000),
             finetune={"data": {"skip_images": 30_000}},
             order_head=OrderHeadConfig(dim=128, layers=3, heads=4, mlp_dim=512),
             oracle=OracleTask(layers=6, heads=6, dim=192, mlp_dim=768),
@@ -535,17 +536,17 @@ SCALES: dict[str, Scale] = {
         ),
     )
 }
-SCALES |= {  # the study's question about size
+SCALES |= {  # the study's question about size; LlamaGen published no GPT-XL of 16x16 tokens (c2i_XL_384.pt alone), so a fine-tune's start is the user's
     f"{name}-{size}": replace(
         SCALES[name],
         name=f"{name}-{size}",
         description=SCALES[name].description.replace("GPT-B", f"GPT-{size}"),
         model=model.edited(classes=SCALES[name].model.classes),
-        pretrained=f"c2i_{size}_256.pt",
+        pretrained=pretrained,
         sharding="fsdp" if size == "XL" else "none",
     )
     for name in ("paper", "paper-1k")
-    for size, model in {"L": GPT_L, "XL": GPT_XL}.items()
+    for size, model, pretrained in (("L", GPT_L, "c2i_L_256.pt"), ("XL", GPT_XL, "your-gpt-xl-16x16.safetensors"))
 }
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from orderlab.config_tasks import AutoregressiveTask, OrderHeadTask, Task
-from orderlab.frozen import Frozen
+from orderlab.frozen import Frozen, Side
 
 
 class FixedOrder(Frozen):
@@ -54,15 +54,17 @@ OrderPolicy = Annotated[FixedOrder | RandomOrder | AnnealedOrder, Field(discrimi
 class GPTConfig(Frozen):
     """Sizes of the class-conditional GPT (LlamaGen's decoder)."""
 
-    layers: int = Field(12, ge=1)
+    layers: int = Field(12, ge=1, le=512)
     heads: int = Field(12, ge=1)
     dim: int = Field(768, ge=4)
     """Width of the residual stream."""
-    grid: tuple[int, int] = (16, 16)
+    grid: tuple[Side, Side] = (16, 16)
     """Height and width of the token grid."""
     vocabulary: int = Field(16384, ge=2)
     classes: int = Field(1000, ge=1)
     """Number of classes; the null class of guidance has this index."""
+    has_null_class: bool = True
+    """Whether the class table has a row for the null class; files trained without label drop have none."""
     ffn_hidden: int | None = Field(None, ge=1)
     """Width of the feed-forward; 8/3 · dim rounded up to a multiple of 256 when empty."""
     norm_eps: float = 1e-5
@@ -80,6 +82,11 @@ class GPTConfig(Frozen):
     @property
     def positions(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def class_rows(self) -> int:
+        """Rows of the class table."""
+        return self.classes + self.has_null_class
 
     @property
     def head_dim(self) -> int:
@@ -199,6 +206,8 @@ class RunConfig(Frozen):
     def _batch_divides(self) -> RunConfig:
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        if self.class_dropout and not self.model.has_null_class:
+            raise ValueError(f"class_dropout {self.class_dropout} needs a null class, and the model has none")
         return self
 
     @property

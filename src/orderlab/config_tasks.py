@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from orderlab.frozen import Frozen
+from orderlab.frozen import Frozen, Side
 
 
 class OrderHeadConfig(Frozen):
@@ -18,7 +18,7 @@ class OrderHeadConfig(Frozen):
     """Width of a codebook entry."""
     positions: int = Field(256, ge=2)
     dim: int = Field(256, ge=2)
-    layers: int = Field(4, ge=1)
+    layers: int = Field(4, ge=1, le=512)
     heads: int = Field(8, ge=1)
     mlp_dim: int = Field(1024, ge=1)
     registers: int = Field(4, ge=0)
@@ -47,7 +47,7 @@ class MaskedTask(Frozen):
 class ViTSizes(Frozen):
     """Sizes of a ViT; the defaults are ViT-B's."""
 
-    layers: int = Field(12, ge=1)
+    layers: int = Field(12, ge=1, le=512)
     heads: int = Field(12, ge=1)
     dim: int = Field(768, ge=2)
     mlp_dim: int = Field(3072, ge=1)
@@ -70,7 +70,7 @@ class OracleTask(ViTSizes):
 class OracleConfig(ViTSizes):
     """A whole oracle: the sizes of its ViT, and the tokens and classes it knows."""
 
-    grid: tuple[int, int] = (16, 16)
+    grid: tuple[Side, Side] = (16, 16)
     """Height and width of the token grid."""
     vocabulary: int = Field(16384, ge=2)
     entry_dim: int = Field(8, ge=1)

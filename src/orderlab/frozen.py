@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST_SIDE = 256
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
+"""Height or width of a token grid."""
 
 
 class Frozen(BaseModel):

@@ -20,6 +20,7 @@ from orderlab.config import RunConfig
 from orderlab.errors import UserError
 from orderlab.models.formats import load_gpt, merge_target, read_weights, save_gpt
 from orderlab.models.gpt import GPT
+from orderlab.models.weights import split_part
 from orderlab.order.paths import path
 from orderlab.runtime.files import read_json, write_atomically, write_json
 from orderlab.runtime.run import RunFolder
@@ -28,19 +29,25 @@ FORMATS = ("safetensors", "llamagen")
 TARGET = "ta_embedding.weight"
 
 
-def import_weights(file: Path, out: Path, heads: int | None = None, grid: tuple[int, int] | None = None) -> dict[str, Any]:
+def import_weights(
+    file: Path, out: Path | None = None, heads: int | None = None, grid: tuple[int, int] | None = None, classes: int | None = None
+) -> dict[str, Any]:
     """A checkpoint of LlamaGen (or of ours) as safetensors with its config in the header, bit for bit.
 
-    Returns file, parameters, config and what was dropped. Raises `UserError` for a file that is no such checkpoint.
+    `FILE#ema` takes the averaged weights of a file that holds both. Returns file, parameters, config, the rows of its class table and what
+    was dropped. Raises `UserError` for a file that is no such checkpoint.
     """
+    source, part = split_part(file)
+    out = out or source.with_name(f"{source.stem}{f'-{part}' if part else ''}.safetensors")
     if out.suffix != ".safetensors":
         raise UserError(f"{out} has suffix '{out.suffix}'; expected a .safetensors file to write")
     weights = read_weights(file)
-    model = load_gpt(file, heads=heads, grid=grid)
+    model = load_gpt(file, heads=heads, grid=grid, classes=classes)
     save_gpt(model, out, state=weights.tensors, header={"source": file.name})
     return {
         "file": str(out),
         "parameters": model.parameter_count(),
+        "class_rows": weights.class_rows,
         "dropped": weights.dropped,
         "config": model.config.model_dump(mode="json"),
     }

@@ -38,10 +38,14 @@ class Plan:
     """Folder of token sets or images, in place of the scale's."""
     start: Path | None = None
     """Weight file that fine-tunes start from, in place of the scale's."""
+    tokenizer: str | None = None
+    """File or name of the image tokenizer, in place of the scale's."""
 
     def config(self, run_name: str) -> RunConfig:
         config = resolve(run_name, self.scale.name, self.seed)
         changes = {"data.folder": str(self.data)} if self.data else {}
+        if self.tokenizer:
+            changes["data.tokenizer"] = self.tokenizer
         if self.start and config.start and config.start.file:
             changes["start.file"] = str(self.start)
         return resolve(run_name, self.scale.name, self.seed, **changes)
@@ -123,7 +127,15 @@ def work(plan: Plan, console: Console | None = None) -> str:
     return "done"
 
 
-def job_plans(rows: list[Row], scale: Scale, runs: Path, seed: int, data: Path | None = None, start: Path | None = None) -> list[Plan]:
+def job_plans(
+    rows: list[Row],
+    scale: Scale,
+    runs: Path,
+    seed: int,
+    data: Path | None = None,
+    start: Path | None = None,
+    tokenizer: str | None = None,
+) -> list[Plan]:
     """The rows as plans that may run at the same time: rows that share a run, or a run theirs needs, share a plan."""
 
     def with_needs(run_name: str) -> set[str]:
@@ -138,7 +150,7 @@ def job_plans(rows: list[Row], scale: Scale, runs: Path, seed: int, data: Path |
         groups.append((shared, group))
     order = {row.id: place for place, row in enumerate(rows)}
     sorted_groups = sorted((sorted(group, key=lambda row: order[row.id]) for _, group in groups), key=lambda group: order[group[0].id])
-    return [Plan(group, scale, runs, seed, data and data.absolute(), start and start.absolute()) for group in sorted_groups]
+    return [Plan(group, scale, runs, seed, data and data.absolute(), start and start.absolute(), tokenizer) for group in sorted_groups]
 
 
 def dry_run(rows: list[Row], scale_name: str, seed: int) -> dict[str, Any]:

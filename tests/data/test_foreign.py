@@ -1,6 +1,7 @@
 """Token files of other projects: read as they are, copies of LlamaGen's padding left out, faults named; and the check of a set."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from orderlab.data.foreign import import_tokens
 from orderlab.data.tokenize import TokenizeConfig, run
 from orderlab.data.tokens import TokenMeta, TokenSet
 from orderlab.errors import UserError
+from tests.conftest import WORDNET_IDS
 
 META = TokenMeta(tokenizer="t", tokenizer_hash="unknown", grid=(4, 4), vocabulary=100, classes=1, images=0, views=[], source="")
 CODES = np.random.default_rng(0).integers(0, 100, (7, 10, 16))
@@ -44,7 +46,7 @@ def test_rars_lines(tmp_path: Path) -> None:
     assert np.array_equal(found.tokens, CODES[:, :1])
     assert found.labels.tolist() == LABELS.tolist()
     (tmp_path / "maskgitvq.jsonl").write_text("\n".join(lines)[:-20])
-    with pytest.raises(UserError, match=r"line 7: expected .*may be cut"):
+    with pytest.raises(UserError, match=r"line 7 cannot be read .*may be cut"):
         import_tokens(tmp_path / "maskgitvq.jsonl", tmp_path / "cut", META)
     assert not (tmp_path / "cut").exists()
     assert not (tmp_path / "cut.part").exists()
@@ -60,14 +62,64 @@ def test_class_folders(tmp_path: Path, names: tuple[str, str], labels: list[int]
     assert {row.tobytes() for row in found.tokens} == {row.astype(np.uint16).tobytes() for row in CODES[:3]}
 
 
+def test_the_last_axis_is_the_grid_never_views(tmp_path: Path) -> None:
+    """An array of a larger grid must not become four views of a quarter of the image each."""
+    folder = tmp_path / "codes"
+    for part in ("codes", "labels"):
+        (folder / f"imagenet512_{part}").mkdir(parents=True)
+    np.save(folder / "imagenet512_codes/0.npy", np.arange(64).reshape(1, 1, 64))
+    np.save(folder / "imagenet512_labels/0.npy", np.array([3]))
+    with pytest.raises(UserError, match=r"\[1, 1, 64\]; expected .* last axis has the 16 positions of --grid or with --grid 8x8"):
+        import_tokens(folder, tmp_path / "out", META)
+    assert len(import_tokens(folder, tmp_path / "out", META.edited(grid=(8, 8))).meta.views) == 1
+    (tmp_path / "rar.jsonl").write_text(json.dumps({"class_id": 1, "tokens": list(range(64))}))
+    with pytest.raises(UserError, match="--grid 8x8"):
+        import_tokens(tmp_path / "rar.jsonl", tmp_path / "out2", META)
+
+
+def test_hidden_and_empty_folders_are_no_classes(tmp_path: Path) -> None:
+    for name in ("0", "1", "2", "10"):
+        (tmp_path / "codes" / name).mkdir(parents=True)
+        np.save(tmp_path / "codes" / name / "a.npy", CODES[0, 0])
+        (tmp_path / "codes" / name / "._a.npy").write_bytes(b"macOS")
+    (tmp_path / "codes/.ipynb_checkpoints").mkdir()
+    np.save(tmp_path / "codes/.ipynb_checkpoints/a.npy", CODES[0, 0])
+    (tmp_path / "codes/nothing").mkdir()
+    found = import_tokens(tmp_path / "codes", tmp_path / "out", META)
+    assert sorted(found.labels.tolist()) == [0, 1, 2, 10]
+    assert (found.meta.classes, found.class_names) == (11, None)
+    (tmp_path / "codes/01").mkdir()
+    np.save(tmp_path / "codes/01/a.npy", CODES[0, 0])
+    with pytest.raises(UserError, match="has the classes 0, 01, 1, 10, 2: expected numbers below 65536, each once"):
+        import_tokens(tmp_path / "codes", tmp_path / "again", META)
+
+
+def test_files_of_other_kinds_are_one_line(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", CODES[0])
+    (tmp_path / "b.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "c.jsonl").write_bytes(b'{"class_id": 1, "tokens": [\xff\xfe]}')
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "a.npy", arcname="a.npy")
+    (tmp_path / "e.jsonl").write_text("")
+    for name, says in (
+        ("a.npy", "no JSON object"),
+        ("b.bin", "no JSON object"),
+        ("c.jsonl", "line 1"),
+        ("x.tar", "unpack it first"),
+        ("e.jsonl", "no JSON"),
+    ):
+        with pytest.raises(UserError, match=says):
+            import_tokens(tmp_path / name, tmp_path / "out", META)
+
+
 def test_foreign_faults_are_one_line(tmp_path: Path) -> None:
     folder = llamagen(tmp_path / "codes", 0)
     with pytest.raises(UserError, match=r"highest code 99.*codes below 50 \(--vocabulary\)"):
         import_tokens(folder, tmp_path / "out", META.edited(vocabulary=50))
-    with pytest.raises(UserError, match=r"integer codes of 9 positions \(--grid\)"):
+    with pytest.raises(UserError, match=r"last axis has the 9 positions of --grid or with --grid 4x4, if that is theirs"):
         import_tokens(folder, tmp_path / "out", META.edited(grid=(3, 3)))
     (folder / "imagenet256_codes/4.npy").unlink()
-    with pytest.raises(UserError, match="is missing or damaged"):
+    with pytest.raises(UserError, match=r"4\.npy does not exist"):
         import_tokens(folder, tmp_path / "out", META)
     with pytest.raises(UserError, match="is no token folder"):
         import_tokens(tmp_path, tmp_path / "out", META)
@@ -94,6 +146,14 @@ def test_stored_items_are_decoded_to_a_picture(image_tree: Path, small_vq: Path,
     token_set = TokenSet(tmp_path / "tokens")
     assert picture(token_set, tmp_path / "p.png", 3, str(small_vq)) == [0, 24, 47]
     assert Image.open(tmp_path / "p.png").size == (128, 192)  # two views in a row, three images
+    meta = json.loads((tmp_path / "tokens/meta.json").read_text())
+    assert meta["class_names"] == list(WORDNET_IDS)
+    (tmp_path / "tokens/meta.json").write_text(json.dumps({**meta, "grid": [4, 16]}))
+    picture(TokenSet(tmp_path / "tokens"), tmp_path / "wide.png", 3, str(small_vq))
+    assert Image.open(tmp_path / "wide.png").size == (256, 96)
+    (tmp_path / "tokens/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="one item or more"):
+        picture(token_set, tmp_path / "p.png", 0, str(small_vq))
     with pytest.raises(UserError, match="name the right file with --tokenizer"):
         picture(TokenSet(tmp_path / "tokens"), tmp_path / "p.png", 3, "fashion-8x8")
     with pytest.raises(UserError, match="unknown tokenizer"):

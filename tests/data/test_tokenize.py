@@ -167,6 +167,18 @@ def test_a_full_disk_is_one_line_and_loses_nothing(whole: Path, image_tree: Path
     assert contents(settings.out) == contents(whole)
 
 
+def test_names_with_tabs_and_line_ends_are_names(image_tree: Path, small_vq: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images/n01440764"
+    folder.mkdir(parents=True)
+    for source, name in zip(sorted((image_tree / "train/n01440764").iterdir()), ("a\tb.JPEG", "c\nd.JPEG", "._a.JPEG", "e.JPEG")):
+        shutil.copy(source, folder / name)
+    (folder / "e.JPEG").write_bytes(b"no image")
+    result = run(config(tmp_path, small_vq, tmp_path / "out", images=tmp_path / "images"))
+    assert (result["images"], result["broken"][0].split("\t")[0]) == (2, str(folder / "e.JPEG"))
+    assert (tmp_path / "out/images.txt").read_text().splitlines() == [r"n01440764/a\tb.JPEG", r"n01440764/c\nd.JPEG"]
+    assert TokenSet(tmp_path / "out").class_names == ("n01440764",)
+
+
 def test_classes_are_chosen_and_missing_ones_named(image_tree: Path, small_vq: Path, tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("n01491361 white shark\nn01443537\n")
     run(config(image_tree, small_vq, tmp_path / "two", classes=str(tmp_path / "two.txt")))
@@ -248,6 +260,6 @@ def test_unfit_sources_are_one_line(image_tree: Path, tmp_path: Path, fault: str
     if fault == "twice":
         for name in ("n01440764", "again/n01440764"):
             shutil.copytree(image_tree / "train/n01440764", tree / name)
-    with pytest.raises(UserError, match=expected.get(fault, "is no plain tar file or is cut")) as error:
+    with pytest.raises(UserError, match=expected.get(fault, "cannot be read .* expected a plain tar file")) as error:
         list_images(tree)
     assert "\n" not in str(error.value)

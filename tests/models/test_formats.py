@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from orderlab.config import GPTConfig
 from orderlab.errors import UserError
 from orderlab.models.formats import load_gpt, merge_target, read_weights, save_gpt
-from orderlab.models.gpt import GPT
+from orderlab.models.gpt import GPT, PRESETS
 from orderlab.order.paths import path
 from orderlab.sampling.generate import generate
 
@@ -61,6 +62,78 @@ def test_a_preset_is_recognised_by_width_and_depth(tmp_path: Path) -> None:
     config = _config_from_shapes(WeightFile(shapes, {}, []), "c2i_B_256.pt", None, None)
     assert config == GPTConfig(ffn_hidden=2048)
     assert _config_from_shapes(WeightFile(shapes, {}, []), "c2i_B_384.pt", None, (24, 24)).grid == (24, 24)
+
+
+def test_the_presets_have_the_published_sizes() -> None:
+    config = PRESETS["GPT-3B"]
+    assert (config.layers, config.heads, config.dim, config.ffn_dim) == (24, 32, 3200, 8704)
+    assert GPT(config, device="meta").parameter_count() == 3_096_659_200
+
+
+@pytest.mark.parametrize(
+    ("name", "rope_rows", "grid", "says"),
+    [
+        ("c2i_L_384.pt", None, None, "its name says 384 pixels"),
+        ("c2i_X_384L.pt", None, None, "its name says 384 pixels"),
+        ("a.pt", 577, None, "freqs_cis. has rows for 576 tokens"),
+        ("c2i_L_384.pt", None, (16, 16), ""),
+        ("c2i_L_384.pt", 577, (24, 24), ""),
+        ("c2i_L_256.pt", 257, None, ""),
+        ("a-13840.pt", None, None, ""),
+    ],
+)
+def test_a_grid_that_the_file_contradicts_is_refused_unless_it_was_given(
+    name: str, rope_rows: int | None, grid: tuple[int, int] | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 384-pixel models have the shapes of the 256-pixel ones."""
+    small = GPTConfig(layers=2, heads=2, dim=16, vocabulary=11, classes=4, ffn_hidden=48)
+    monkeypatch.setitem(PRESETS, "small", small)
+    state = GPT(small).state_dict() | ({} if rope_rows is None else {"freqs_cis": torch.zeros(rope_rows, 4, 2)})
+    torch.save({"model": state}, tmp_path / name)
+    if not says:
+        assert load_gpt(tmp_path / name, grid=grid).config.grid == (grid or (16, 16))
+        return
+    with pytest.raises(UserError, match=f"24x24 tokens .*{says}.*give --grid 24x24"):
+        load_gpt(tmp_path / name, grid=grid)
+
+
+def test_a_class_table_without_a_null_row(model: GPT, tmp_path: Path) -> None:
+    """Trained without label drop: as many rows as classes, and nothing for guidance to start from."""
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pt")  # 5 rows
+    assert load_gpt(tmp_path / "a.pt", heads=2, grid=(2, 3)).config.classes == 4
+    with pytest.raises(UserError, match=r"5 rows; --classes 7 does not fit, expected 4 or 5"):
+        load_gpt(tmp_path / "a.pt", heads=2, grid=(2, 3), classes=7)
+    five = load_gpt(tmp_path / "a.pt", heads=2, grid=(2, 3), classes=5)
+    save_gpt(five, tmp_path / "a.safetensors")
+    again = load_gpt(tmp_path / "a.safetensors")
+    assert (again.config.classes, again.config.has_null_class) == (5, False)
+    assert equal(again, model)
+    classes, order = torch.tensor([0, 4]), path("raster", 2, 3)
+    assert generate(again, classes, order, seeds=[1, 2]).shape == (2, 6)
+    with pytest.raises(UserError, match=r"trained without label drop.*--guidance 1"):
+        generate(again, classes, order, seeds=[1, 2], guidance=2.0)
+    with pytest.raises(UserError, match="the model knows 0 to 4"):
+        generate(again, classes + 1, order, seeds=[1, 2])
+
+
+def test_numbers_beside_the_weights_are_read_and_what_is_not_is_named(model: GPT, tmp_path: Path) -> None:
+    beside = {"best": np.float64(1), "epoch": np.int64(3), "args": argparse.Namespace(lr=np.float32(1))}
+    torch.save({"model": model.state_dict(), **beside}, tmp_path / "a.pt")
+    assert equal(load_gpt(tmp_path / "a.pt", heads=2, grid=(2, 3)), model)
+    torch.save({"model": model.state_dict(), "where": Path("x")}, tmp_path / "b.pt")
+    with pytest.raises(UserError, match=r"holds .*Path.* beside its tensors.*save the state dict alone"):
+        load_gpt(tmp_path / "b.pt", heads=2, grid=(2, 3))
+
+
+def test_averaged_weights_are_named_after_the_file(model: GPT, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    averaged = GPT(CONFIG, seed=2)
+    torch.save({"model": model.state_dict(), "ema": averaged.state_dict()}, tmp_path / "a.pt")
+    assert equal(load_gpt(tmp_path / "a.pt", heads=2, grid=(2, 3)), model)
+    assert f"{tmp_path / 'a.pt'}#ema names the other" in caplog.text
+    assert equal(load_gpt(f"{tmp_path / 'a.pt'}#ema", heads=2, grid=(2, 3)), averaged)
+    save_gpt(model, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="holds one set of weights"):
+        load_gpt(f"{tmp_path / 'b.safetensors'}#ema")
 
 
 def test_wrong_shape_names_key_expected_and_found(model: GPT, tmp_path: Path) -> None:
@@ -143,6 +216,6 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "exploded",))
 
     torch.save({"model": Bomb()}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"holds pathlib\.Path, pathlib\.PosixPath, builtins\.getattr beside its tensors"):
         load_gpt(tmp_path / "a.pt")
     assert not (tmp_path / "exploded").exists()

@@ -203,8 +203,10 @@ def test_llamagen_checkpoint_with_ema_takes_model_and_says_so(tmp_path, caplog):
     file = llamagen_checkpoint(tmp_path / "vq.pt", model=model.state_dict(), ema=ema.state_dict())
     with caplog.at_level(logging.WARNING, "orderlab"):
         assert tokenizer_hash(load_vq(file, TINY)) == tokenizer_hash(model)
-    assert "two different tokenizers: took 'model'" in caplog.text
-    assert tokenizer_hash(load_vq(file, TINY, weights="ema")) == tokenizer_hash(ema)
+    assert "two different models: took 'model'" in caplog.text
+    assert tokenizer_hash(load_vq(f"{file}#ema", TINY)) == tokenizer_hash(ema)
+    with pytest.raises(UserError, match=r"holds no 'module' weights \(found: model, ema\)"):
+        load_vq(f"{file}#module", TINY)
 
 
 def test_llamagen_config_is_found_by_shapes(tmp_path):
@@ -212,6 +214,16 @@ def test_llamagen_config_is_found_by_shapes(tmp_path):
         model = VQ(PRESETS["fashion-16x16"])
     loaded = load_vq(llamagen_checkpoint(tmp_path / "vq.pt", model=model.state_dict()))
     assert loaded.config == PRESETS["fashion-16x16"]
+
+
+@pytest.mark.parametrize("name", ["vq.safetensors", "vq.pt"])
+def test_a_bare_state_dict_is_a_tokenizer_by_its_shapes(tmp_path, name):
+    with torch.random.fork_rng():
+        model = VQ(PRESETS["fashion-16x16"])
+    (save_file if name.endswith("safetensors") else torch.save)(model.state_dict(), tmp_path / name)
+    loaded = load_vq(tmp_path / name)
+    assert loaded.config == PRESETS["fashion-16x16"]
+    assert tokenizer_hash(loaded) == tokenizer_hash(model)
 
 
 def without(state: dict, name: str) -> dict:

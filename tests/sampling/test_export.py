@@ -84,10 +84,25 @@ def test_the_file_holds_the_decoded_images_labels_and_rules(samples, tmp_path):
     vq = tokenizer("fashion-8x8")
     read = np.load(write_npz(samples, vq, tmp_path / "s.npz"))
     assert read["arr_0"].shape == (120, 32, 32, 3)
-    assert np.array_equal(read["arr_0"][..., 1], decode(vq, samples.tokens_NP))
+    assert np.array_equal(read["arr_0"][..., 1], decode(vq, samples.tokens_NP, (8, 8)))
     assert read["arr_1"].tolist() == [i % 10 for i in range(120)]
     note = json.loads(read["orderlab"].tobytes())
     assert (note["label_mode"], note["rounding"], note["resize"], note["seeds"]) == ("balanced", "llamagen", "none", [0])
+
+
+def test_a_grid_that_is_no_square_is_passed_on(samples, tmp_path):
+    """Four rows of sixteen tokens have as many as eight of eight: nothing but the grid's own word tells."""
+    folder = tmp_path / "r@smoke/seed0/samples/wide"
+    shutil.copytree(samples.folder, folder)
+    meta = json.loads((folder / "sample.json").read_text())
+    assert (meta["grid"], meta["class_names"]) == ([8, 8], None)
+    (folder / "sample.json").write_text(json.dumps({**meta, "grid": [4, 16]}))
+    wide, vq = sample.SampleSet(folder), tokenizer("fashion-8x8")
+    read = np.load(write_npz(wide, vq, tmp_path / "s.npz"))["arr_0"]
+    assert np.array_equal(read[..., 0], decode(vq, wide.tokens_NP, (4, 16)))
+    (folder / "sample.json").write_text(json.dumps({**meta, "grid": [4, 4]}))
+    with pytest.raises(UserError, match="64 tokens an image, which are no grid"):
+        write_npz(sample.SampleSet(folder), vq, tmp_path / "s.npz")
 
 
 def test_resizing_is_bicubic_without_antialias_before_rounding(samples, tmp_path):
@@ -184,9 +199,9 @@ def test_a_damaged_sample_set_is_one_line_or_whole(samples, tmp_path, data, name
 def test_a_reference_of_a_token_set_is_its_decoded_images(run_dir, tmp_path, capsys):
     token_set = TokenSet(RunFolder(run_dir).config().data.folder + "/validation")
     cli.main(["reference", str(token_set.folder), "--out", str(tmp_path / "ref.npz"), "--keep", "20"])
-    assert "60 images of 32x32 · fashion-cnn" in capsys.readouterr().out
+    assert "60 images of 32x32 · labels 0 to 9 (numbers without names) · fashion-cnn" in capsys.readouterr().out
     read, kept = np.load(tmp_path / "ref.npz"), np.linspace(0, 59, 20).round().astype(int)
-    assert np.array_equal(read["arr_0"][..., 0], decode(tokenizer("fashion-8x8"), token_set.tokens[kept, 0]))
+    assert np.array_equal(read["arr_0"][..., 0], decode(tokenizer("fashion-8x8"), token_set.tokens[kept, 0], (8, 8)))
     assert read["arr_1"].tolist() == (kept % 10).tolist()
     cli.main(["score", str(tmp_path / "ref.npz"), "--reference", str(tmp_path / "ref.npz"), "--json"])
     found = {record["quantity"]: record["value"] for record in json.loads(capsys.readouterr().out)["ref.npz"]["records"]}

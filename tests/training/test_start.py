@@ -1,5 +1,6 @@
 """Where a run starts and what of it trains: fine-tunes leave the frozen rest as it was, to the bit."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from orderlab import catalog
 from orderlab.config import AnnealedOrder, RunConfig, StartConfig
 from orderlab.data.prepare import fashion_images
 from orderlab.errors import UserError
+from orderlab.hub import import_weights
 from orderlab.training.loop import run
 
 FROZEN = ("cls_embedding", "tok_embeddings", "layers.0.", "layers.1.")
@@ -83,6 +85,25 @@ def test_what_is_missing_is_named_with_what_makes_it(tiny_run: RunConfig, tmp_pa
         run(tiny_run.edited(start=StartConfig(run="base")), tmp_path / "a/seed0")
     with pytest.raises(UserError, match=r"c2i_B_256\.pt"):
         run(tiny_run.edited(start=StartConfig(file="nowhere.pt")), tmp_path / "b/seed0")
+
+
+def test_a_start_of_another_grid_is_refused_until_the_user_says_so(pretrained: RunConfig, tmp_path: Path) -> None:
+    """Shapes cannot tell: LlamaGen's 384-pixel models are the 256-pixel ones with more tokens."""
+    file = tmp_path / "c2i_L_384.pt"
+    torch.save({"model": weights(tmp_path, "base")}, file)
+    start = StartConfig(file=str(file)).model_dump()
+    with pytest.raises(UserError, match=r"24x24 tokens \(its name says 384 pixels\), not of 4x4: .*hub import FILE OUT --grid"):
+        finetuned(pretrained, tmp_path, images=0, start=start)
+    for grid, fits in (((2, 8), False), ((4, 4), True)):
+        out = tmp_path / f"{grid[0]}.safetensors"
+        import_weights(file, out, heads=2, grid=grid)
+        shutil.rmtree(tmp_path / "tuned@smoke")
+        changes = {"images": 0, "start": StartConfig(file=str(out)).model_dump()}
+        if fits:
+            finetuned(pretrained, tmp_path, **changes)
+        else:
+            with pytest.raises(UserError, match=r"2x8 tokens \(its header says so\), not of 4x4"):
+                finetuned(pretrained, tmp_path, **changes)
 
 
 def test_a_start_that_does_not_fit_names_the_key(pretrained: RunConfig, tmp_path: Path) -> None:

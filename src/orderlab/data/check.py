@@ -78,11 +78,11 @@ def picture(token_set: TokenSet, file: Path, items: int, tokenizer_file: str | N
             f"{token_set.folder} was made with tokenizer {token_set.meta.tokenizer} ({token_set.meta.tokenizer_hash}), this one is "
             f"{tokenizer_hash(vq)}; name the right file with --tokenizer"
         )
-    if file.suffix.lower() != ".png":
-        raise UserError(f"--picture {file}: expected a .png file")
+    if file.suffix.lower() != ".png" or items < 1:
+        raise UserError(f"--picture {file} of --items {items}: expected a .png file and one item or more")
     images = np.linspace(0, len(token_set) - 1, min(items, len(token_set))).round().astype(int)
     tokens_NXP = np.asarray(token_set.tokens[images])
-    decoded = decode(vq, tokens_NXP.reshape(-1, tokens_NXP.shape[-1]), batch=8)
+    decoded = decode(vq, tokens_NXP.reshape(-1, tokens_NXP.shape[-1]), token_set.meta.grid, batch=8)
     columns = len(token_set.meta.views) if len(token_set.meta.views) > 1 else max(1, round(len(images) ** 0.5))
     missing = -len(decoded) % columns
     padded = np.concatenate([decoded, np.zeros((missing, *decoded.shape[1:]), np.uint8)])

@@ -4,8 +4,8 @@
 - RAR: one JSONL file, a line a crop: {"class_id": 3, "tokens": [...]};
 - RandAR and ARPG: a folder a class (a WordNet id or a number), one .npy an image, [P] or [views, P].
 
-The format is told by what is there. NOTE: LlamaGen's extraction pads the last round of its processes with the first images
-again; those copies are left out.
+The format is told by what is there. Folders named by numbers are labels, others are ranked; hidden and empty ones are no classes.
+NOTE: LlamaGen's extraction pads the last round of its processes with the first images again; those copies are left out.
 """
 
 # N images · X views · P grid position
@@ -22,10 +22,15 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
+from orderlab.data.imagenet import MOST_CLASSES, ClassNames, class_numbers, names_of, stored_names
+from orderlab.data.npz import read_array
+from orderlab.data.sources import is_hidden
 from orderlab.data.tokens import TokenMeta, TokenSet, replace_folder
-from orderlab.errors import UserError
+from orderlab.errors import UserError, reading
+from orderlab.frozen import MOST_SIDE
 from orderlab.runtime.files import write_json
 
+ADVICE = "expected an array of codes"
 MOST_PROCESSES = 1024  # that can have padded a LlamaGen folder
 
 Item = tuple[int, np.ndarray]
@@ -35,6 +40,8 @@ class Source(ABC):
     """A foreign token folder or file: how many images it has, and (label, codes [X, P]) of each."""
 
     kind: str
+    class_names: ClassNames | None = None
+    """what the labels number, where the format says so"""
 
     def __init__(self, path: Path, positions: int):
         self.path, self.positions = path, positions
@@ -46,10 +53,16 @@ class Source(ABC):
     def items(self) -> Iterator[Item]: ...
 
     def codes_of(self, array: Any, place: object) -> np.ndarray:
-        codes = np.asarray(array)
-        if codes.dtype.kind not in "iu" or codes.size == 0 or codes.size % self.positions:
+        """Codes of one image as [views, P]: the last axis is the grid, whatever else there is are views."""
+        with reading(place, "expected an array of codes"):
+            codes = np.asarray(array)
+        if codes.dtype.kind not in "iu" or codes.size == 0 or codes.ndim == 0 or codes.shape[-1] != self.positions:
+            side = round(codes.shape[-1] ** 0.5) if codes.ndim and codes.dtype.kind in "iu" else 0
+            is_square = 1 < side <= MOST_SIDE and side * side == codes.shape[-1]
+            advice = f" or with --grid {side}x{side}, if that is theirs" if is_square else ""
             raise UserError(
-                f"{place} holds {codes.dtype} {list(codes.shape)}; expected integer codes of {self.positions} positions (--grid)"
+                f"{place} holds {codes.dtype} {list(codes.shape)}; expected integer codes whose last axis has the {self.positions} positions "
+                f"of --grid{advice}"
             )
         if codes.min() < 0 or codes.max() >= 2**16:
             raise UserError(f"{place} holds codes from {codes.min()} to {codes.max()}; expected 0 to 65535")
@@ -61,13 +74,13 @@ class LlamaGen(Source):
 
     def __init__(self, path: Path, positions: int):
         super().__init__(path, positions)
-        folders = sorted(path.glob("*_codes"))
+        folders = _folders(path, "*_codes")
         if len(folders) != 1 or not (labels := path / folders[0].name.replace("_codes", "_labels")).is_dir():
             raise UserError(
                 f"{path} has {len(folders)} folders *_codes; expected one, such as imagenet256_codes, with its imagenet256_labels beside it"
             )
         self.codes, self.labels = folders[0], labels
-        files = len(list(self.codes.glob("*.npy")))
+        files = len(_arrays(self.codes))
         self.padded = self._padding(files)
         self.images = files - self.padded
 
@@ -82,36 +95,43 @@ class LlamaGen(Source):
         return next((pad for pad in reversed(candidates) if np.array_equal(self._codes(files - pad), first) and same(pad)), 0)
 
     def _codes(self, image: int) -> np.ndarray:
-        return self.codes_of(_load(self.codes / f"{image}.npy"), self.codes / f"{image}.npy")
+        return self.codes_of(read_array(self.codes / f"{image}.npy", ADVICE), self.codes / f"{image}.npy")
 
     def count(self) -> int:
         return self.images
 
     def items(self) -> Iterator[Item]:
         for image in range(self.images):
-            yield int(_load(self.labels / f"{image}.npy").reshape(-1)[0]), self._codes(image)
+            file = self.labels / f"{image}.npy"
+            label = read_array(file, "expected the label of one image")
+            if label.dtype.kind not in "iu" or label.size != 1:
+                raise UserError(f"{file} holds {label.dtype} {list(label.shape)}; expected the integer label of one image")
+            yield int(label.reshape(-1)[0]), self._codes(image)
 
 
 class Rar(Source):
     kind = "RAR"
 
     def count(self) -> int:
-        with open(self.path) as lines:
-            return sum(1 for line in lines if line.strip())
+        return sum(1 for _ in self._lines())
 
-    def items(self) -> Iterator[Item]:
-        with open(self.path) as lines:
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        with reading(self.path, "expected RAR's JSONL"), open(self.path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield self._item(line, number)
+                    yield number, line
 
-    def _item(self, line: str, number: int) -> Item:
-        try:
+    def items(self) -> Iterator[Item]:
+        for number, line in self._lines():
+            yield self._item(line, f"{self.path}, line {number}")
+
+    def _item(self, line: bytes, place: str) -> Item:
+        with reading(place, 'expected {"class_id": 3, "tokens": [...]}, the file may be cut'):
             record = json.loads(line)
-            label, tokens = int(record["class_id"]), record["tokens"]
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-            raise UserError(f'{self.path}, line {number}: expected {{"class_id": 3, "tokens": [...]}}; the file may be cut') from None
-        return label, self.codes_of(tokens, f"{self.path}, line {number}")
+            label, tokens = record["class_id"], record["tokens"]
+            if not isinstance(label, int) or isinstance(label, bool) or not isinstance(tokens, list):
+                raise TypeError("class_id is no whole number, or tokens no list")
+        return label, self.codes_of(tokens, place)
 
 
 class ClassFolders(Source):
@@ -119,30 +139,43 @@ class ClassFolders(Source):
 
     def __init__(self, path: Path, positions: int):
         super().__init__(path, positions)
-        names = sorted(p.name for p in path.iterdir() if p.is_dir())
-        are_numbers = all(name.isdigit() for name in names)
-        self.labels = {name: int(name) if are_numbers else rank for rank, name in enumerate(names)}
-        self.files = [file for name in names for file in sorted((path / name).glob("*.npy"))]
+        folders = {folder: files for folder in _folders(path, "*") if (files := _arrays(folder))}
+        self.ranks = class_numbers((folder.name for folder in folders), path)
+        self.class_names = names_of(self.ranks)
+        self.files = [file for files in folders.values() for file in files]
 
     def count(self) -> int:
         return len(self.files)
 
     def items(self) -> Iterator[Item]:
         for file in self.files:
-            yield self.labels[file.parent.name], self.codes_of(_load(file), file)
+            yield self.ranks[file.parent.name], self.codes_of(read_array(file, ADVICE), file)
+
+
+def _folders(path: Path, pattern: str) -> list[Path]:
+    return sorted(folder for folder in path.glob(pattern) if folder.is_dir() and not is_hidden(folder.name))
+
+
+def _arrays(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.npy") if not is_hidden(file.name))
 
 
 def open_source(path: Path, positions: int) -> Source:
     """The format of a file or folder. Raises `UserError` when it is none of the three."""
+    expected = "expected a folder with imagenet256_codes/ and imagenet256_labels/ (LlamaGen) or class folders of .npy, or RAR's .jsonl file"
     if path.is_file():
+        with reading(path, expected), open(path, "rb") as handle:
+            head = handle.read(1024)
+        if not head.lstrip().startswith(b"{"):
+            is_packed = head.startswith((b"PK", b"\x1f\x8b")) or head[257:262] == b"ustar"
+            hint = "unpack it first" if is_packed else "its first line is no JSON object"
+            raise UserError(f"{path} is no token file ({hint}); {expected}")
         return Rar(path, positions)
-    if path.is_dir() and list(path.glob("*_codes")):
+    if path.is_dir() and _folders(path, "*_codes"):
         return LlamaGen(path, positions)
-    if path.is_dir() and next(path.glob("*/*.npy"), None) is not None:
+    if path.is_dir() and any(_arrays(folder) for folder in _folders(path, "*")):
         return ClassFolders(path, positions)
-    raise UserError(
-        f"{path} is no token folder: expected imagenet256_codes/ and imagenet256_labels/ (LlamaGen), a .jsonl file (RAR) or class folders of .npy"
-    )
+    raise UserError(f"{path} is no token folder: {expected}")
 
 
 def import_tokens(path: Path, out: Path, meta: TokenMeta) -> TokenSet:
@@ -160,27 +193,22 @@ def import_tokens(path: Path, out: Path, meta: TokenMeta) -> TokenSet:
         tokens_NXP = open_memmap(folder / "tokens.npy", mode="w+", dtype=np.uint16, shape=(count, views, source.positions))
         labels_N = np.zeros(count, dtype=np.int32)
         for image, (label, codes_XP) in enumerate(islice(source.items(), count)):
-            if len(codes_XP) != views or codes_XP.max() >= meta.vocabulary or label < 0:
+            if len(codes_XP) != views or codes_XP.max() >= meta.vocabulary or not 0 <= label < MOST_CLASSES:
                 raise UserError(
                     f"{path}, image {image}: {len(codes_XP)} views, highest code {codes_XP.max()}, label {label}; "
-                    f"expected {views} views as the first has, codes below {meta.vocabulary} (--vocabulary), a label of 0 or more"
+                    f"expected {views} views as the first has, codes below {meta.vocabulary} (--vocabulary), a label from 0 to {MOST_CLASSES - 1}"
                 )
             tokens_NXP[image], labels_N[image] = codes_XP, label
         tokens_NXP.flush()
         np.save(folder / "labels.npy", labels_N)
         padded = f", {source.padded} padded copies left out" if isinstance(source, LlamaGen) and source.padded else ""
+        classes = max(meta.classes, int(labels_N.max()) + 1)
         changes = {
             "images": count,
             "views": ["only"] if views == 1 else [f"view {i}" for i in range(views)],
-            "classes": max(meta.classes, int(labels_N.max()) + 1),
+            "classes": classes,
+            "class_names": stored_names(source.class_names) if classes == len(source.class_names or ()) else None,
             "source": f"{source.kind}, {path.name}{padded}",
         }
         write_json(folder / "meta.json", meta.edited(**changes).model_dump())
     return TokenSet(out)
-
-
-def _load(file: Path) -> np.ndarray:
-    try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{file} is missing or damaged ({str(error)[:80]}); expected an array of codes") from None

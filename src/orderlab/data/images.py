@@ -5,21 +5,19 @@ N images · H, W pixels · P grid position
 
 from __future__ import annotations
 
-import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from orderlab.data.imagenet import ClassNames, class_numbers, names_of
 from orderlab.data.prepare import decode, tokenizer
-from orderlab.data.sources import BROKEN, ImageFile, center_crop, class_list, list_images, read_labels
+from orderlab.data.sources import SUFFIXES, ImageFile, center_crop, chosen_classes, is_hidden, list_images, open_image, read_labels
 from orderlab.data.tokens import TokenSet
-from orderlab.errors import UserError
+from orderlab.errors import UserError, reading
 from orderlab.models.vq import tokenizer_hash
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".JPEG", ".JPG", ".PNG")
 
 
 @dataclass(frozen=True)
@@ -32,44 +30,63 @@ class ImageSource:
     labels_N: np.ndarray | None
     batches: Iterator[np.ndarray]
     """uint8 [batch, H, W, 3]"""
+    class_names: ClassNames | None = None
+    """what the labels number; None where they are bare numbers, or there are none"""
 
 
 def image_batches(
     source: str | Path, batch: int, size: int | None = None, classes: str | None = None, labels: Path | None = None
 ) -> ImageSource:
-    """A folder of images (of one size, or cropped to `size` as ADM does), or a token set, decoded. Subfolders of images are classes.
+    """A folder of images (of one size, or cropped to `size` as ADM does), or a token set, decoded. Subfolders of images are classes; where all
+    their names are numbers, these are the labels. Hidden files and folders are left out. A flat folder is read in the order of its numbers.
 
     A tar file, a folder of them, and whatever `classes` and `labels` are given for, is listed as `orderlab tokenize` lists it.
     """
     source = Path(source)
+    if size is not None and not 8 <= size <= 4096:
+        raise UserError(f"--size {size}: expected 8 to 4096 pixels, or none")
     if (source / "meta.json").exists():
         return _from_tokens(TokenSet(source), batch)
     if source.is_file() or classes or labels or next(source.rglob("*.tar"), None):
-        return _from_listing(source, batch, size, classes, labels)
+        found, ranks = _listed(source, classes, labels)
+        return _from_files(found, batch, size, np.array([ranks[file.wordnet_id] for file in found]), names_of(ranks))
     if not source.is_dir():
         raise UserError(f"{source} is no folder; expected a folder of images, a tar file of them or a token set")
-    files = [ImageFile("", file.name, str(file)) for file in sorted(source.rglob("*")) if file.suffix in SUFFIXES]
+    inside = (file.relative_to(source) for file in sorted(source.rglob("*")))
+    files = [file for file in inside if file.suffix.lower() in SUFFIXES and not any(map(is_hidden, file.parts))]
     if not files:
-        raise UserError(f"{source} holds no images; expected files ending in {', '.join(SUFFIXES[:5])}")
-    folders = sorted({Path(file.path).parent for file in files})
-    labels_N = np.array([folders.index(Path(file.path).parent) for file in files]) if len(folders) > 1 else None
-    return _from_files(files, batch, size, labels_N)
+        raise UserError(f"{source} holds no images; expected files ending in {', '.join(SUFFIXES)}")
+    folders = {file.parent for file in files}
+    if len(folders) == 1:
+        return _from_files(sorted((_image("", source / file) for file in files), key=_number), batch, size, None, None)
+    if Path() in folders:
+        raise UserError(f"{source} holds images and folders of images; expected images alone, or folders that are their classes")
+    is_unique = len({folder.name for folder in folders}) == len(folders)
+    images = [_image(file.parent.name if is_unique else file.parent.as_posix(), source / file) for file in files]
+    ranks = class_numbers((image.wordnet_id for image in images), source)
+    images.sort(key=lambda image: (ranks[image.wordnet_id], image.name))
+    return _from_files(images, batch, size, np.array([ranks[image.wordnet_id] for image in images]), names_of(ranks))
 
 
-def _from_listing(source: Path, batch: int, size: int | None, classes: str | None, labels: Path | None) -> ImageSource:
-    """Images by WordNet id, in folders or tar files; the label is the rank of the id among the classes."""
-    found = list_images(source, read_labels(labels) if labels else None)
-    ranks = {wordnet_id: rank for rank, wordnet_id in enumerate(class_list(classes, found))}
-    files = [file for file in found if file.wordnet_id in ranks]
-    absent = sorted(set(ranks) - {file.wordnet_id for file in files})
-    if absent:
-        raise UserError(f"{source} has no image of {len(absent)} of {len(ranks)} classes ({absent[0]}, ...); expected every class")
-    return _from_files(files, batch, size, np.array([ranks[file.wordnet_id] for file in files]))
+def _image(folder: str, file: Path) -> ImageFile:
+    return ImageFile(folder, file.name, str(file))
 
 
-def _from_files(files: list[ImageFile], batch: int, size: int | None, labels_N: np.ndarray | None) -> ImageSource:
+def _number(image: ImageFile) -> tuple[int, str]:
+    """Samplers number their images, some without leading zeros."""
+    stem = Path(image.name).stem
+    return (int(stem) if re.fullmatch(r"[0-9]{1,18}", stem) else -1, image.name)
+
+
+def _listed(source: Path, classes: str | None, labels: Path | None) -> tuple[list[ImageFile], dict[str, int]]:
+    """Images by WordNet id (or a shard's number), in folders or tar files, and the label of each class."""
+    ranks, found = chosen_classes(classes, list_images(source, read_labels(labels) if labels else None), source)
+    return found, ranks
+
+
+def _from_files(files: list[ImageFile], batch: int, size: int | None, labels_N: np.ndarray | None, names: ClassNames | None) -> ImageSource:
     height, width, _ = shape = read_image(files[0], size).shape
-    return ImageSource(len(files), height, width, labels_N, _read(files, batch, size, shape))
+    return ImageSource(len(files), height, width, labels_N, _read(files, batch, size, shape), names)
 
 
 def _read(files: list[ImageFile], batch: int, size: int | None, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -88,12 +105,12 @@ def _from_tokens(token_set: TokenSet, batch: int) -> ImageSource:
         raise UserError(f"{token_set.folder} was made with another tokenizer than '{token_set.meta.tokenizer}' is now; tokenize again")
 
     def images(start: int, stop: int) -> np.ndarray:
-        return as_three_channels(decode(vq, token_set.read(np.arange(start, stop))[1]))
+        return as_three_channels(decode(vq, token_set.read(np.arange(start, stop))[1], token_set.meta.grid))
 
     count = len(token_set)
     height, width = images(0, 1).shape[1:3]
     batches = (images(start, min(start + batch, count)) for start in range(0, count, batch))
-    return ImageSource(count, height, width, np.asarray(token_set.labels), batches)
+    return ImageSource(count, height, width, np.asarray(token_set.labels), batches, token_set.class_names)
 
 
 def as_three_channels(images: np.ndarray) -> np.ndarray:
@@ -103,9 +120,6 @@ def as_three_channels(images: np.ndarray) -> np.ndarray:
 
 def read_image(file: ImageFile, size: int | None = None) -> np.ndarray:
     """One image as uint8 [H,W,3]; with `size`, ADM's centre crop of it."""
-    try:
-        with Image.open(io.BytesIO(file.read())) as opened:
-            image = opened.convert("RGB")
-    except BROKEN as error:
-        raise UserError(f"{file.place} is no readable image ({str(error)[:100]}); remove it or fetch it again") from None
-    return np.asarray(image if size is None else center_crop(image, size))
+    image = open_image(file)
+    with reading(file.place, "remove it"):
+        return np.asarray(image if size is None else center_crop(image, size))

@@ -11,39 +11,27 @@ from __future__ import annotations
 
 import json
 import os
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
-from orderlab.errors import UserError
+from orderlab.errors import UserError, reading
 
 NOTE = "orderlab"
-# What zipfile, zlib and numpy's header parser raise on damaged bytes.
-FAULTS = (
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    RuntimeError,
-    OverflowError,
-    SyntaxError,
-    TypeError,
-    MemoryError,
-    IndexError,
-    AttributeError,
-)
+
+
+def read_array(file: Path, advice: str, mmap_mode: Literal["r", "r+"] | None = None) -> np.ndarray:
+    """One .npy file, without pickles. Raises `UserError` with `advice` for a missing or damaged one."""
+    with reading(file, advice):
+        array = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an npz file")
+        return array
 
 
 class NpzFile:
@@ -87,10 +75,8 @@ class NpzFile:
         """What `orderlab` wrote about how the images were made; empty for other programs' files."""
         if NOTE not in self:
             return {}
-        try:
+        with reading(f"{self.file}: its {NOTE} member", "the file is damaged, make it again"):
             note = json.loads(self.array(NOTE, 1).tobytes())
-        except ValueError:
-            note = None
         if not isinstance(note, dict):
             raise UserError(f"{self.file}: its {NOTE} member is no JSON object; the file is damaged, make it again")
         return note
@@ -168,7 +154,7 @@ class NpzFile:
             raise UserError(f"{self.file} does not exist; check the path") from None
         except UserError:
             raise
-        except FAULTS as error:
+        except Exception as error:  # zipfile, zlib and numpy's header parser raise anything on damaged bytes
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise UserError(f"{self.file} is truncated, damaged or not an npz file ({reason}); make or fetch it again") from None
 

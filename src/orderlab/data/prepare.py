@@ -9,6 +9,7 @@ never meets old tokens.
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import numpy as np
 import torch
 
 from orderlab.config import DataConfig
-from orderlab.data.fashion import ASSETS, Split, first_of_each_class, load_fashion, to_uint8, to_unit_range
-from orderlab.data.imagenet import class_rows
+from orderlab.data.fashion import ASSETS, CLASSES, Split, first_of_each_class, load_fashion, to_uint8, to_unit_range
+from orderlab.data.imagenet import ClassNames, class_rows, wordnet_ids
 from orderlab.data.tokens import TokenMeta, TokenSet, write_token_set
 from orderlab.errors import UserError
 from orderlab.models.vq import VQ, load_vq, tokenizer_hash
+from orderlab.models.weights import split_part
 
 ENCODE_BATCH = 125  # with channels last, the fastest here: 1.5 times the plain layout at 500
 HASH_DIGITS = 16  # of a hash that is known; tokens from elsewhere may say "unknown"
@@ -32,10 +34,12 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 def tokenizer(name: str) -> VQ:
     """The image tokenizer called `name`: shipped with the package, or a file (ours, or LlamaGen's `vq_ds16_c2i.pt`)."""
     shipped = ASSETS / f"vq-{name}.safetensors"
-    file = shipped if shipped.exists() else Path(name)
-    if not file.exists():
+    file = str(shipped) if shipped.exists() else name
+    if not split_part(file)[0].is_file():
         known = ", ".join(sorted(p.stem.removeprefix("vq-") for p in ASSETS.glob("vq-*.safetensors")))
-        raise UserError(f"unknown tokenizer '{name}'; expected one of {known} or a weight file (train one: orderlab tokenizer train)")
+        raise UserError(
+            f"unknown tokenizer '{name}'; expected {known} or a weight file, named with --tokenizer FILE (train one: orderlab tokenizer train)"
+        )
     return load_vq(file).eval().to(memory_format=torch.channels_last)  # pyrefly: ignore
 
 
@@ -54,6 +58,8 @@ def token_sets(data: DataConfig, grid: tuple[int, int], cache: Path) -> tuple[To
         if token_set.meta.grid != grid:
             found, expected = ("x".join(map(str, g)) for g in (token_set.meta.grid, grid))
             raise UserError(f"{token_set.folder} holds {found} tokens; the model's grid is {expected}")
+    if None not in (names := [token_set.class_names for token_set in sets]) and names[0] != names[1]:
+        raise UserError(f"{sets[0].folder} and {sets[1].folder} number their classes differently; tokenize both with the same --classes")
     return sets[0], sets[1]
 
 
@@ -61,10 +67,24 @@ def _imagenet_set(folder: Path, data: DataConfig) -> TokenSet:
     token_set = TokenSet(folder)
     if data.classes == "own":
         return token_set
-    rows = class_rows(data, token_set.meta.classes)
-    if token_set.meta.classes != len(rows):
-        raise UserError(f"{folder} has {token_set.meta.classes} classes; data.classes=imagenet-1k places the {len(rows)} of ImageNet-100")
+    rows, expected = class_rows(data, token_set.meta.classes), wordnet_ids("imagenet100")
+    if token_set.meta.classes != len(rows) or token_set.class_names not in (None, expected):
+        raise UserError(
+            f"{folder} has {token_set.meta.classes} classes ({(token_set.class_names or ['without names'])[0]}, ...); "
+            f"data.classes=imagenet-1k places the {len(rows)} of ImageNet-100 ({expected[0]}, ...)"
+        )
     return TokenSet(folder, rows)
+
+
+def class_names(data: DataConfig) -> ClassNames | None:
+    """What the rows of the class table of a model of this data are; None where the token set does not say, or is elsewhere now."""
+    if data.source == "fashion":
+        return CLASSES
+    if data.classes == "imagenet-1k":
+        return wordnet_ids("imagenet1k")
+    with suppress(UserError):
+        return TokenSet(Path(data.folder or "") / "train").class_names
+    return None
 
 
 def codebook(data: DataConfig, token_set: TokenSet) -> torch.Tensor:
@@ -82,11 +102,17 @@ def codebook(data: DataConfig, token_set: TokenSet) -> torch.Tensor:
     return vq.quantize.rows().detach().clone()
 
 
-def decode(vq: VQ, tokens_NP: np.ndarray | torch.Tensor, batch: int = 250) -> np.ndarray:
-    """Tokens [N, P] in grid space to uint8 images [N, H, W] (grey) or [N, H, W, 3]."""
-    tokens = torch.as_tensor(np.asarray(tokens_NP, dtype=np.int64)).to(next(vq.parameters()).device)
+def decode(vq: VQ, tokens_NP: np.ndarray | torch.Tensor, grid: tuple[int, int], batch: int = 250) -> np.ndarray:
+    """Tokens [N, P] in the grid's space to uint8 images [N, H, W] (grey) or [N, H, W, 3]. Raises `UserError` for codes that `vq` has not."""
+    tokens = torch.as_tensor(np.asarray(tokens_NP, dtype=np.int64))
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vq.config.codebook_size:
+        raise UserError(
+            f"the tokens hold codes {int(tokens.min())} to {int(tokens.max())}, the tokenizer has {vq.config.codebook_size}; "
+            "they were made with another one"
+        )
+    tokens = tokens.to(next(vq.parameters()).device)
     with torch.inference_mode():
-        return np.concatenate([to_uint8(vq.decode(part)) for part in tokens.split(batch)])
+        return np.concatenate([to_uint8(vq.decode(part, grid)) for part in tokens.split(batch)])
 
 
 def fashion_images(data: DataConfig, split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -121,6 +147,11 @@ def _cache_name(data: DataConfig) -> str:
 
 def _encode_fashion(data: DataConfig, folder: Path) -> None:
     vq = tokenizer(data.tokenizer)
+    if vq.config.in_channels != 1 or 32 % vq.config.downsampling:
+        raise UserError(
+            f"tokenizer {data.tokenizer} takes images of {vq.config.in_channels} channels in tokens of {vq.config.downsampling} pixels; "
+            "Fashion-MNIST is grey and 32x32 (orderlab tokenizer train makes one for it)"
+        )
     for split in SPLITS:
         images, labels = fashion_images(data, split)
         views = {"original": images, "flip": images[:, :, ::-1]} if data.flip and split == "train" else {"original": images}
@@ -135,6 +166,7 @@ def _encode_fashion(data: DataConfig, folder: Path) -> None:
             images=len(images),
             views=list(views),
             source=f"Fashion-MNIST, {split}, {data.folder or 'subset in the package'}",
+            class_names=list(CLASSES[: int(labels.max()) + 1]),
         )
         write_token_set(folder / split, tokens_NVP, labels, meta)
 

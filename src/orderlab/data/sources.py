@@ -10,26 +10,29 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import logging
 import os
 import re
-import struct
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from orderlab.data.imagenet import wordnet_ids
-from orderlab.errors import UserError
+from orderlab.data.imagenet import class_numbers, wordnet_ids
+from orderlab.errors import UserError, reading
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 WORDNET_ID = re.compile(r"n\d{8}")
 VALIDATION_NAME = re.compile(r"(ILSVRC2012_val_\d{8})\S*?[,\s]+\"?(n\d{8})")
-BROKEN = (OSError, EOFError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)  # what reading a damaged image raises
+MOST_DIGITS, MOST_ASPECT = 32, 100
 TEN_CROP = {"ten-crop-1.1": 1.1, "ten-crop-1.05": 1.05}
+log = logging.getLogger("orderlab")
 CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
 
 
@@ -38,6 +41,7 @@ class ImageFile:
     """Where one image lies: a file, or `size` bytes of a tar file from `offset`."""
 
     wordnet_id: str
+    """its class: a WordNet id, or in WebDataset's shards a number"""
     name: str
     path: str
     offset: int = 0
@@ -49,12 +53,11 @@ class ImageFile:
         return self.path if self.size < 0 else f"{self.name} in {self.path}"
 
     def line(self) -> str:
-        return "\t".join((self.wordnet_id, self.name, self.path, str(self.offset), str(self.size)))
+        return json.dumps([self.wordnet_id, self.name, self.path, self.offset, self.size])  # names may hold tabs and line ends
 
     @classmethod
     def from_line(cls, line: str) -> ImageFile:
-        wordnet_id, name, path, offset, size = line.split("\t")
-        return cls(wordnet_id, name, path, int(offset), int(size))
+        return cls(*json.loads(line))
 
     def read(self) -> bytes:
         with open(self.path, "rb") as handle:
@@ -63,23 +66,25 @@ class ImageFile:
 
 
 def list_images(images: Path, labels: dict[str, str] | None = None) -> list[ImageFile]:
-    """Every image below a folder or inside a tar file (or a folder of them), sorted by class and name.
+    """Every image below a folder or inside a tar file (or a folder of them), sorted by class and name; hidden files are none.
 
     The class is the WordNet id among the folders above the image, else in the tar file's name, else at the head of the image's
-    own name; `labels` maps names without a class (ImageNet's validation images) to theirs. Raises `UserError` for a folder without images,
-    an image without a class, a tar file that is compressed or cut.
+    own name; `labels` maps names without a class (ImageNet's validation images) to theirs; else the number in a `.cls` beside the image
+    (WebDataset's shards). Raises `UserError` for a folder without images, an image without a class, a tar file that is compressed or cut.
     """
     if not images.exists():
         raise UserError(f"{images} does not exist; expected a folder of class folders (n01440764/...) or tar files of them")
-    walk = os.walk(images, followlinks=True)  # ImageNet-100 is often a folder of links
-    files = [images] if images.is_file() else [Path(folder, name) for folder, _, names in walk for name in names]
+    files = [images] if images.is_file() else [Path(folder, name) for folder, names in _walk(images) for name in names]
     found = []
     for file in files:
+        inside = PurePosixPath(file.relative_to(images).as_posix())
         if file.suffix == ".tar":
             found += list(_tar_members(file, labels or {}))
         elif file.suffix.lower() in SUFFIXES:
-            inside = PurePosixPath(file.relative_to(images).as_posix())
-            found.append(ImageFile(_class_of(inside, images.name, labels or {}), file.name, str(file.absolute())))
+            number = file.with_suffix(".cls")
+            with reading(number, "expected a class number"):
+                text = number.read_bytes() if number.is_file() else None
+            found.append(ImageFile(_class_of(inside, images.name, labels or {}, text), file.name, str(file.absolute())))
     if not found:
         raise UserError(f"{images} holds no images; expected class folders (n01440764/...) of {', '.join(SUFFIXES)} or .tar files")
     found.sort()
@@ -89,23 +94,44 @@ def list_images(images: Path, labels: dict[str, str] | None = None) -> list[Imag
     return found
 
 
-def _tar_members(file: Path, labels: dict[str, str]) -> Iterator[ImageFile]:
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                inside = PurePosixPath(member.name)
-                if member.isfile() and inside.suffix.lower() in SUFFIXES:
-                    wordnet_id = _class_of(inside, file.stem, labels)
-                    yield ImageFile(wordnet_id, inside.name, str(file.absolute()), member.offset_data, member.size)
-                elif member.isfile() and inside.suffix == ".tar":
-                    raise UserError(f"{file} holds tar files ({inside.name}, ...); unpack this outer one: tar -xf {file.name} -C FOLDER")
-            if file.stat().st_size < tar.offset + 2 * tarfile.BLOCKSIZE:  # tarfile takes half a header for the end
-                raise tarfile.ReadError("its end mark is missing")
-    except tarfile.TarError as error:
-        raise UserError(f"{file} is no plain tar file or is cut ({error}); expected an uncompressed one, fetch or make it again") from None
+def is_hidden(name: str) -> bool:
+    """Whether it is no data: `.ipynb_checkpoints`, or the `._name.jpg` that macOS puts beside `name.jpg` on other file systems."""
+    return name.startswith(".") and name not in (".", "..")
 
 
-def _class_of(inside: PurePosixPath, container: str, labels: dict[str, str]) -> str:
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    for place, folders, names in os.walk(folder, followlinks=True):  # ImageNet-100 is often a folder of links
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        yield place, [name for name in names if not is_hidden(name)]
+
+
+def _tar_members(file: Path, labels: dict[str, str]) -> list[ImageFile]:
+    members: list[tuple[PurePosixPath, int, int]] = []
+    numbers: dict[PurePosixPath, bytes] = {}  # by a sample's key: the name up to its first dot
+    with reading(file, "expected a plain tar file, uncompressed: fetch or make it again"), tarfile.open(file, "r:") as tar:
+        for member in tar:
+            inside = PurePosixPath(member.name)
+            if not member.isfile() or any(map(is_hidden, inside.parts)):
+                continue
+            if inside.suffix.lower() in SUFFIXES:
+                members.append((inside, member.offset_data, member.size))
+            elif inside.suffix == ".tar":
+                raise UserError(f"{file} holds tar files ({inside.name}, ...); unpack this outer one: tar -xf {file.name} -C FOLDER")
+            elif inside.suffix == ".cls" and (handle := tar.extractfile(member)):
+                numbers[_key(inside)] = handle.read(MOST_DIGITS + 1)
+        if file.stat().st_size < tar.offset + 2 * tarfile.BLOCKSIZE:  # tarfile takes half a header for the end
+            raise tarfile.ReadError("it is cut: its end mark is missing")
+    return [
+        ImageFile(_class_of(inside, file.stem, labels, numbers.get(_key(inside))), inside.name, str(file.absolute()), offset, size)
+        for inside, offset, size in members
+    ]
+
+
+def _key(inside: PurePosixPath) -> PurePosixPath:
+    return inside.with_name(inside.name.split(".")[0])
+
+
+def _class_of(inside: PurePosixPath, container: str, labels: dict[str, str], number: bytes | None = None) -> str:
     for part in (*reversed(inside.parts[:-1]), container):
         if WORDNET_ID.fullmatch(part):
             return part
@@ -113,8 +139,13 @@ def _class_of(inside: PurePosixPath, container: str, labels: dict[str, str]) -> 
         return labels[inside.stem]
     if head := WORDNET_ID.match(inside.name):
         return head[0]
+    if number is not None:
+        if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", number):
+            raise UserError(f"{inside} has a .cls that holds {number[:20]!r}; expected the number of its class")
+        return str(int(number))
     raise UserError(
-        f"{inside} has no class: expected a folder or tar file named by its WordNet id (n01440764), or --labels FILE for validation images"
+        f"{inside} has no class: expected a folder or tar file named by its WordNet id (n01440764), a .cls with its number beside it, "
+        "or --labels FILE for validation images"
     )
 
 
@@ -122,7 +153,10 @@ def read_labels(file: Path) -> dict[str, str]:
     """Names of validation images to WordNet ids: from ImageNet's development kit (.tar.gz), or lines such as `ILSVRC2012_val_00000001 n01751748`."""
     if not file.is_file():
         raise UserError(f"{file} does not exist; expected ILSVRC2012_devkit_t12.tar.gz or lines of an image's name and its WordNet id")
-    labels = _devkit_labels(file) if file.name.endswith((".tar.gz", ".tgz")) else dict(VALIDATION_NAME.findall(file.read_text()))
+    if file.name.endswith((".tar.gz", ".tgz")):
+        return _devkit_labels(file)
+    with reading(file, "expected text, lines such as ILSVRC2012_val_00000001.JPEG n01751748"):
+        labels = dict(VALIDATION_NAME.findall(file.read_text(encoding="utf-8")))
     if not labels:
         raise UserError(f"{file} labels nothing; expected lines such as ILSVRC2012_val_00000001.JPEG n01751748")
     return labels
@@ -131,31 +165,40 @@ def read_labels(file: Path) -> dict[str, str]:
 def _devkit_labels(file: Path) -> dict[str, str]:
     from scipy.io import loadmat
 
-    try:
-        with tarfile.open(file) as kit:
-            parts = {PurePosixPath(m.name).name: m for m in kit.getmembers()}
-            truth, meta = (kit.extractfile(parts[name]) for name in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"))
-            if truth is None or meta is None:
-                raise KeyError("no file of data/")
-            synsets: Any = loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
-            ids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-            numbers = [int(line) for line in truth.read().split()]
-            return {f"ILSVRC2012_val_{i:08d}": ids[number] for i, number in enumerate(numbers, start=1)}
-    except (tarfile.TarError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{file} is no development kit of ILSVRC2012 ({str(error)[:80]}); expected ILSVRC2012_devkit_t12.tar.gz") from None
+    advice = "it is no development kit of ILSVRC2012, expected ILSVRC2012_devkit_t12.tar.gz"
+    with reading(file, advice), tarfile.open(file) as kit:
+        parts = {PurePosixPath(m.name).name: m for m in kit.getmembers()}
+        truth, meta = (kit.extractfile(parts[name]) for name in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"))
+        if truth is None or meta is None:
+            raise KeyError("no file of data/")
+        synsets: Any = loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
+        ids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        numbers = [int(line) for line in truth.read().split()]
+        return {f"ILSVRC2012_val_{i:08d}": ids[number] for i, number in enumerate(numbers, start=1)}
 
 
-def class_list(name: str | None, images: Iterable[ImageFile]) -> tuple[str, ...]:
-    """The sorted WordNet ids of imagenet100, imagenet1k, a file of ids, or (None) of the images themselves."""
+def chosen_classes(name: str | None, images: Sequence[ImageFile], place: object) -> tuple[dict[str, int], list[ImageFile]]:
+    """The label of each class of imagenet100, imagenet1k, a file of WordNet ids, or (None) of the images; and the images of these.
+
+    Raises `UserError` where a class has no image, or the images' classes are bare numbers and `name` asks for ids.
+    """
     if name is None:
-        return tuple(sorted({image.wordnet_id for image in images}))
+        return class_numbers((image.wordnet_id for image in images), place), list(images)
     if name in ("imagenet100", "imagenet1k"):
-        return wordnet_ids(name)
-    file = Path(name)
-    ids = WORDNET_ID.findall(file.read_text()) if file.is_file() else []
-    if not ids:
-        raise UserError(f"--classes {name}: expected imagenet100, imagenet1k or a file of WordNet ids (n01440764), one a line")
-    return tuple(sorted(set(ids)))
+        ids = wordnet_ids(name)
+    else:
+        with reading(f"--classes {name}", "expected imagenet100, imagenet1k or a text file of WordNet ids (n01440764), one a line"):
+            ids = tuple(sorted(set(WORDNET_ID.findall(Path(name).read_text(encoding="utf-8")))))
+            if not ids:
+                raise ValueError("it names none")
+    found, chosen = {image.wordnet_id for image in images}, set(ids)
+    if found and not any(map(WORDNET_ID.fullmatch, found)):
+        raise UserError(f"{place} numbers its classes (.cls files), and --classes {name} chooses them by WordNet id; leave it out")
+    if absent := sorted(chosen - found):
+        raise UserError(
+            f"{place} has no image of {len(absent)} of {len(ids)} classes ({absent[0]}, ...) of --classes {name}; expected every class"
+        )
+    return class_numbers(ids, name), [image for image in images if image.wordnet_id in chosen]
 
 
 @dataclass(frozen=True)
@@ -216,7 +259,33 @@ def five_crop(image: Image.Image, size: int) -> list[Image.Image]:
 def open_views(file: ImageFile, crops: Crops, size: int, channels: int) -> np.ndarray:
     """Decode one image and cut its views: uint8 [X, size, size] for one channel, [X, size, size, 3] for three.
 
-    Raises one of `BROKEN` for a damaged image.
+    Raises `UserError` for a damaged image.
     """
-    with Image.open(io.BytesIO(file.read())) as image:
-        return crops.cut(image.convert("RGB" if channels == 3 else "L"), size)
+    image = open_image(file, "RGB" if channels == 3 else "L")
+    with reading(file.place, "remove it"):
+        return crops.cut(image, size)
+
+
+def open_image(file: ImageFile, mode: Literal["RGB", "L"] = "RGB") -> Image.Image:
+    """One image as 8-bit RGB or grey: its first frame, without alpha, as ADM and LlamaGen convert it. Raises `UserError` for a damaged one.
+
+    Of 16-bit channels the high byte is kept, which is what Pillow does with colour; its own conversion of 16-bit grey clips, nearly to white.
+    """
+    with reading(file.place, "it is no readable image, remove it or fetch it again"), Image.open(io.BytesIO(file.read())) as image:
+        if max(image.size) > MOST_ASPECT * min(image.size):
+            raise ValueError(f"{image.width}x{image.height} pixels are too narrow")
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no known range")
+        if not image.mode.startswith("I"):
+            return image.convert(mode)
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() >= 2**16:
+            raise ValueError("32-bit pixels have no known range")
+        _say_depth()
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert(mode)
+
+
+@lru_cache(maxsize=1)
+def _say_depth() -> None:
+    """Once a process."""
+    log.warning("images of 16 bits a channel: their high byte is taken")

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from orderlab.data.npz import FAULTS
+from orderlab.data.npz import read_array
 from orderlab.errors import UserError
 from orderlab.runtime.files import read_json, write_json
 
@@ -55,18 +55,16 @@ def _begun(unfinished: Path, progress: Path, shape: tuple[int, ...], dtype: type
     """The array so far and how many rows of it are there; from the start where a kill left something damaged."""
     if unfinished.exists() and progress.exists():
         with suppress(UserError):
-            return _opened(unfinished, shape, dtype, "r+"), int(read_json(progress))
+            if 0 <= (done := read_json(progress, int)) <= shape[0]:
+                return _opened(unfinished, shape, dtype, "r+"), done
     return np.lib.format.open_memmap(unfinished, "w+", np.dtype(dtype), shape), 0
 
 
 def _opened(file: Path, shape: tuple[int, ...], dtype: type, mode: Literal["r", "r+"]) -> np.memmap:
-    try:
-        array = np.load(file, mmap_mode=mode, allow_pickle=False)
-    except FAULTS as error:
-        raise UserError(f"{file} is damaged ({str(error)[:100]}); delete it, it will be computed again") from None
+    array = read_array(file, "delete it, it will be computed again", mode)
     if array.dtype != dtype or array.shape != shape:
         raise UserError(f"{file} holds {array.dtype} {list(array.shape)}; expected {np.dtype(dtype)} {list(shape)}; delete it")
-    return array
+    return array  # pyrefly: ignore [bad-return]
 
 
 @contextmanager

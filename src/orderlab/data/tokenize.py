@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,8 +25,9 @@ from numpy.lib.format import open_memmap
 from pydantic import Field
 from torch import Tensor
 
+from orderlab.data.imagenet import names_of, stored_names
 from orderlab.data.prepare import tokenizer
-from orderlab.data.sources import BROKEN, Crops, ImageFile, class_list, list_images, open_views, read_labels
+from orderlab.data.sources import Crops, ImageFile, chosen_classes, list_images, open_views, read_labels
 from orderlab.data.tokens import TokenMeta, TokenSet
 from orderlab.errors import UserError
 from orderlab.frozen import Frozen
@@ -70,18 +71,16 @@ class Work:
 
     def __init__(self, out: Path):
         self.out, self.folder = out, out.with_name(out.name + ".part")
-        self.plan, self.listing, self.codes = self.folder / "plan.json", self.folder / "listing.tsv", self.folder / "codes.npy"
+        self.plan, self.listing, self.codes = self.folder / "plan.json", self.folder / "listing.jsonl", self.folder / "codes.npy"
 
     def journals(self) -> dict[int, dict[int, str]]:
         """The batches that are on disk, each with its unreadable images; a line cut by a kill counts for nothing."""
         done: dict[int, dict[int, str]] = {}
         for file in self.folder.glob("journal-*.jsonl"):
             for line in file.read_text().splitlines():
-                try:
+                with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
                     record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                done[record["batch"]] = {int(index): reason for index, reason in record["broken"].items()}
+                    done[int(record["batch"])] = {int(index): str(reason) for index, reason in record["broken"].items()}
         return done
 
     def images(self) -> list[str]:
@@ -137,11 +136,7 @@ def _begin(work: Work, config: TokenizeConfig, settings: dict[str, Any]) -> None
         _same_settings(work.plan, settings)
         return
     found = list_images(config.images, read_labels(config.labels) if config.labels else None)
-    classes = class_list(config.classes, found)
-    images = [image for image in found if image.wordnet_id in set(classes)]
-    absent = sorted(set(classes) - {image.wordnet_id for image in images})
-    if absent:
-        raise UserError(f"{config.images} has no image of {len(absent)} of {len(classes)} classes ({absent[0]}, ...); expected every class")
+    classes, images = chosen_classes(config.classes, found, config.images)
     positions = (config.size // tokenizer(config.tokenizer).config.downsampling) ** 2
     write_atomically(work.listing, "".join(image.line() + "\n" for image in images))
     write_json(work.folder / "classes.json", classes)
@@ -193,8 +188,8 @@ def _loaded(
         for row, future in enumerate(current):
             try:
                 pixels[row] = future.result()
-            except BROKEN as error:
-                unreadable[batch * config.batch + row] = (str(error) or type(error).__name__).splitlines()[0]
+            except UserError as error:
+                unreadable[batch * config.batch + row] = str(error)
         yield pixels, unreadable
 
 
@@ -242,7 +237,7 @@ def _finish(work: Work, config: TokenizeConfig, settings: dict[str, Any], vq: VQ
     folder = work.folder
     if not (folder / "meta.json").exists():
         _describe(work, config, settings, vq)  # writes meta.json last
-    for name in ("plan.json", "listing.tsv", "classes.json", "codes.npy", ".lock"):
+    for name in ("plan.json", "listing.jsonl", "classes.json", "codes.npy", ".lock"):
         (folder / name).unlink(missing_ok=True)
     for journal in folder.glob("journal-*.jsonl"):
         journal.unlink()
@@ -260,10 +255,9 @@ def _describe(work: Work, config: TokenizeConfig, settings: dict[str, Any], vq: 
     kept = np.array([i for i in range(len(images)) if i not in broken], dtype=np.int64)
     _keep_rows(work.codes, folder / "tokens.npy", kept)
     classes = read_json(folder / "classes.json")
-    ranks = {wordnet_id: rank for rank, wordnet_id in enumerate(classes)}
-    np.save(folder / "labels.npy", np.array([ranks[images[i].wordnet_id] for i in kept], dtype=np.int32))
-    write_atomically(folder / "images.txt", "".join(f"{images[i].wordnet_id}/{images[i].name}\n" for i in kept))
-    write_atomically(folder / "broken.txt", "".join(f"{images[i].path}\t{reason}\n" for i, reason in sorted(broken.items())))
+    np.save(folder / "labels.npy", np.array([classes[images[i].wordnet_id] for i in kept], dtype=np.int32))
+    write_atomically(folder / "images.txt", "".join(f"{images[i].wordnet_id}/{_printable(images[i].name)}\n" for i in kept))
+    write_atomically(folder / "broken.txt", "".join(f"{_printable(images[i].path)}\t{reason}\n" for i, reason in sorted(broken.items())))
     write_json(folder / "tokenize.json", settings)
     side = config.size // vq.config.downsampling
     meta = TokenMeta(
@@ -271,12 +265,18 @@ def _describe(work: Work, config: TokenizeConfig, settings: dict[str, Any], vq: 
         tokenizer_hash=settings["tokenizer_hash"],
         grid=(side, side),
         vocabulary=vq.config.codebook_size,
-        classes=len(classes),
+        classes=max(classes.values()) + 1,
         images=len(kept),
         views=config.views.views,
         source=f"{config.images.name}, {config.size} px, {config.classes or 'its own classes'}",
+        class_names=stored_names(names_of(classes)),
     )
     write_json(folder / "meta.json", meta.model_dump())
+
+
+def _printable(name: str) -> str:
+    """A name on a line of its own: tabs, line ends and bytes that are no text as escapes."""
+    return name if name.isprintable() else json.dumps(name)[1:-1]
 
 
 def _keep_rows(codes: Path, tokens: Path, kept: np.ndarray, chunk: int = 65536) -> None:

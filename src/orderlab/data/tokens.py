@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
-from orderlab.data.npz import FAULTS
+from orderlab.data.imagenet import MOST_CLASSES, read_names
+from orderlab.data.npz import read_array
 from orderlab.errors import UserError
-from orderlab.frozen import Frozen
+from orderlab.frozen import Frozen, Side
 from orderlab.runtime.files import read_json, write_json
 from orderlab.runtime.keys import generator
 
@@ -39,12 +40,14 @@ class TokenMeta(Frozen):
 
     tokenizer: str
     tokenizer_hash: str
-    grid: tuple[int, int]
-    vocabulary: int
-    classes: int
-    images: int
+    grid: tuple[Side, Side]
+    vocabulary: int = Field(ge=1, le=2**16)
+    classes: int = Field(ge=1, le=MOST_CLASSES)
+    images: int = Field(ge=0)
     views: list[str]
     source: str
+    class_names: str | list[str] | None = None
+    """What the labels number: WordNet ids (or the name of ImageNet's list of them) or other names; None where it is not known."""
 
 
 class TokenSet:
@@ -60,7 +63,14 @@ class TokenSet:
         try:
             self.meta = TokenMeta.model_validate(read_json(self.folder / "meta.json"))
         except ValidationError as error:
-            raise UserError(f"{self.folder / 'meta.json'} is no token set description ({error.errors()[0]['msg']})") from None
+            first = error.errors()[0]
+            raise UserError(f"{self.folder / 'meta.json'} is no token set description ({first['loc'][:1]}: {first['msg']})") from None
+        self.class_names = read_names(self.meta.class_names)
+        if not self.meta.images or not self.meta.views or (self.class_names and len(self.class_names) != self.meta.classes):
+            raise UserError(
+                f"{self.folder / 'meta.json'} describes {self.meta.images} images, {len(self.meta.views)} views, {self.meta.classes} classes "
+                f"({len(self.class_names or ())} named); expected one or more of each, tokenize the images again"
+            )
         positions = self.meta.grid[0] * self.meta.grid[1]
         self.tokens = _open_array(self.folder / "tokens.npy", np.uint16, (self.meta.images, len(self.meta.views), positions))
         self.labels = _open_array(self.folder / "labels.npy", np.int32, (self.meta.images,))
@@ -76,6 +86,11 @@ class TokenSet:
                 f"{self.folder / 'tokens.npy'} holds code {int(tokens_BP.max())}, the vocabulary has {self.meta.vocabulary}; tokenize the images again"
             )
         labels_B = self.labels[indices].astype(np.int64)
+        if len(indices) and not 0 <= labels_B.min() <= labels_B.max() < self.meta.classes:
+            raise UserError(
+                f"{self.folder / 'labels.npy'} holds labels {labels_B.min()} to {labels_B.max()}, the set has {self.meta.classes} classes; "
+                "tokenize the images again"
+            )
         return torch.from_numpy(labels_B if self.class_rows is None else self.class_rows[labels_B]), tokens_BP
 
     def batch(self, seed: int, images_seen: int, count: int) -> tuple[Tensor, Tensor]:
@@ -100,12 +115,7 @@ def _epoch_permutation(seed: int, epoch: int, images: int) -> np.ndarray:
 
 
 def _open_array(file: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; tokenize the images again") from None
-    except FAULTS as error:
-        raise UserError(f"{file} is damaged ({str(error)[:100]}); delete the folder and tokenize the images again") from None
+    array = read_array(file, "delete the folder and tokenize the images again", "r")
     if array.dtype != dtype or array.shape != shape:
         raise UserError(f"{file} holds {array.dtype} {list(array.shape)}; meta.json says {np.dtype(dtype)} {list(shape)}")
     return array

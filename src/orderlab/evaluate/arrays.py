@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orderlab.data.npz import FAULTS
-from orderlab.errors import UserError
+from orderlab.errors import UserError, reading
 from orderlab.runtime.files import write_atomically
 
 Array = np.ndarray | Tensor
@@ -61,9 +60,9 @@ def read_per_image(run: Path, place: str | None, quantity: str, n: int, error: f
     if place is None or error is None:
         return None
     try:
-        with np.load(run / place, allow_pickle=False) as arrays:
+        with reading(run / place, "score again"), np.load(run / place, allow_pickle=False) as arrays:
             values_N = np.asarray(arrays[quantity], np.float64)
-    except (*FAULTS, KeyError):
+    except UserError:
         return None
     if values_N.shape != (n,) or n < 2 or not np.isclose(values_N.std(ddof=1) / n**0.5, error, rtol=1e-3):
         return None

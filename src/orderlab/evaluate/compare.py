@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from orderlab.data.imagenet import Labels, in_numbering_of
 from orderlab.errors import UserError
 from orderlab.evaluate.features import FeatureExtractor, Features
 from orderlab.evaluate.frechet import frechet_distance_to
@@ -138,7 +139,9 @@ def _warnings(a: Samples, b: Samples) -> list[str]:
         lines.append(f"unequal N: {a.name} has {a.count:,} images and {b.name} {b.count:,}; the first {n:,} of each are compared")
     if a.labels_N is None or b.labels_N is None:
         lines.append("labels are unknown on one side: expected the same ones; the difference is not paired by class")
-    elif not np.array_equal(a.labels_N[:n], b.labels_N[:n]):
+    elif not np.array_equal(
+        a.labels_N[:n], in_numbering_of(Labels(a.labels_N, a.class_names, a.name), Labels(b.labels_N, b.class_names, b.name))[:n]
+    ):
         lines.append("the labels differ: the two sides are not paired, and the difference holds that of their classes")
     if not a.origin.seeds or not b.origin.seeds:
         lines.append("seeds are unknown on one side: expected the same ones")

@@ -75,12 +75,14 @@ def run(folder: Path, *, picture: Path | None = None, network: str | None = None
     tokens_NP = SampleSet(samples.folder).tokens_NP
 
     def pool(tokens: np.ndarray) -> np.ndarray:
-        return np.concatenate([seen(decode(vq, tokens[start : start + TILE])).pool for start in range(0, len(tokens), TILE)])
+        return np.concatenate(
+            [seen(decode(vq, tokens[start : start + TILE], config.model.grid)).pool for start in range(0, len(tokens), TILE)]
+        )
 
     train_MD = pool(train_MP)
     own, fresh = nearest(pool(tokens_NP), train_MD), nearest(pool(validation_MP), train_MD)
     if picture is not None:
-        _draw(tokens_NP, train_MP, own, lambda tokens: decode(vq, tokens), picture)
+        _draw(tokens_NP, train_MP, own, lambda tokens: decode(vq, tokens, config.model.grid), picture)
     return {"samples": samples.name, "network": seen.name, **_summary(own, fresh, tokens_NP, train_MP, validation_MP), **nll_gap(sets_run)}
 
 

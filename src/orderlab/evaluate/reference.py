@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from orderlab.data.imagenet import ClassNames, read_names, stored_names
 from orderlab.data.images import ImageSource, image_batches
 from orderlab.data.npz import NpzFile, NpzWriter
 from orderlab.errors import UserError
@@ -39,6 +40,8 @@ class Reference:
     features_MD: np.ndarray | None
     """[M,D] pooled features of its images: precision, recall, KID"""
     labels_M: np.ndarray | None = None
+    class_names: ClassNames | None = None
+    """what the labels number"""
 
 
 def read_reference(file: str | Path, network: FeatureExtractor, has_features: bool = True) -> Reference:
@@ -48,7 +51,7 @@ def read_reference(file: str | Path, network: FeatureExtractor, has_features: bo
         npz.require("mu", "sigma", why="expected a reference such as VIRTUAL_imagenet256_labeled.npz or one of orderlab reference")
         note = npz.note()
         _check_network(file, note, network)
-        pool = _moments(npz, "mu", "sigma", int(note.get("images", 0)))
+        pool = _moments(npz, "mu", "sigma", _count(file, note))
         spatial = _moments(npz, "mu_s", "sigma_s", pool.count) if "mu_s" in npz or "sigma_s" in npz else None
         digest = file_sha256(file)
         features_MD = _features(npz, network, digest) if has_features else None
@@ -57,7 +60,14 @@ def read_reference(file: str | Path, network: FeatureExtractor, has_features: bo
         raise UserError(
             f"{file} is of another feature network: mu has {len(pool.mean)} entries, {network.name} gives {features_MD.shape[1]}"
         )
-    return Reference(file.name, digest, pool, spatial, features_MD, labels_M)
+    return Reference(file.name, digest, pool, spatial, features_MD, labels_M, read_names(note.get("class_names")))
+
+
+def _count(file: Path, note: dict[str, Any]) -> int:
+    count = note.get("images", 0)
+    if not isinstance(count, int) or count < 0:
+        raise UserError(f"{file}: its note gives {count!r:.40} as the number of images; make it again")
+    return count
 
 
 def _check_network(file: Path, note: dict[str, Any], network: FeatureExtractor) -> None:
@@ -112,6 +122,8 @@ def make_reference(source: str | Path, out: str | Path, network: FeatureExtracto
 
 def write_reference(found: ImageSource, name: str, out: str | Path, network: FeatureExtractor, keep: int = 10_000) -> int:
     """The same of images from anywhere; `name` says in the file where they came from."""
+    if keep < 1:
+        raise UserError(f"--keep {keep}: expected one image or more for precision and recall")
     kept = np.unique(np.linspace(0, found.count - 1, min(keep, found.count)).round().astype(int))
     pool, spatial = MomentAccumulator(), MomentAccumulator()
     with NpzWriter(out) as writer:
@@ -126,7 +138,7 @@ def write_reference(found: ImageSource, name: str, out: str | Path, network: Fea
             writer.array("sigma_s", spatial.result().covariance)
         writer.array("pool", np.concatenate(parts))
         note = {"network": network.name, "weights_hash": network.weights_hash, "resize": network.resize, "images": found.count}
-        writer.note({**note, "source": name, "code": code_version()})
+        writer.note({**note, "class_names": stored_names(found.class_names), "source": name, "code": code_version()})
     return found.count
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from orderlab.data.fashion import load_fashion
+from orderlab.data.fashion import CLASSES, load_fashion
+from orderlab.data.imagenet import ClassNames, read_names
+from orderlab.data.images import image_batches
 from orderlab.data.npz import NpzFile
 from orderlab.data.prepare import tokenizer
 from orderlab.errors import UserError
@@ -44,6 +46,8 @@ class Samples:
     """starts a walk over uint8 batches [batch, H, W, 3]"""
     folder: Path | None = None
     """of a sample set"""
+    class_names: ClassNames | None = None
+    """what the labels number"""
 
     def measured(self, network: FeatureExtractor) -> Measured:
         return measure_images(self.images(), network, self.origin, self.labels_N, self.count)
@@ -61,7 +65,25 @@ def load_samples(path: str | Path) -> list[Samples]:
         if sets:
             return [_from_set(folder) for folder in sets]
         raise UserError(f"{path} has no samples; run orderlab sample first")
-    raise UserError(f"{path} is neither an npz file, a sample set nor a run folder; expected one of these")
+    if path.is_dir():
+        return [_from_folder(path)]
+    raise UserError(f"{path} is neither an npz file, a sample set, a run folder nor a folder of images; expected one of these")
+
+
+def _from_folder(folder: Path) -> Samples:
+    """Images as LlamaGen's sampler leaves them: 000000.png, ... in the order of their numbers, their labels unknown; subfolders are classes."""
+    found = image_batches(folder, BATCH)
+    name = f"{folder.name} ({found.count:,} image files, {'labels unknown' if found.labels_N is None else 'classes by folder'})"
+    return Samples(
+        name,
+        found.count,
+        found.height,
+        found.width,
+        found.labels_N,
+        Origin(),
+        lambda: image_batches(folder, BATCH).batches,
+        class_names=found.class_names,
+    )
 
 
 def _from_npz(file: Path) -> Samples:
@@ -75,7 +97,8 @@ def _from_npz(file: Path) -> Samples:
         with NpzFile(file) as npz:
             yield from npz.images(BATCH)
 
-    return Samples(file.name, count, height, width, labels_N, origin, images)
+    names = read_names(note.get("class_names"))
+    return Samples(file.name, count, height, width, labels_N, origin, images, class_names=names)
 
 
 def _origin(note: dict[str, Any]) -> Origin:
@@ -93,7 +116,15 @@ def _from_set(folder: Path) -> Samples:
     origin = Origin(label_mode=samples.config.labels, rounding="llamagen", resize_before_rounding="none", seeds=(samples.config.seed,))
     labels_N = samples.classes_N.astype(np.int64)
     return Samples(
-        folder.name, len(labels_N), height, width, labels_N, origin, lambda: decoded(samples, vq, "llamagen", None), folder.absolute()
+        folder.name,
+        len(labels_N),
+        height,
+        width,
+        labels_N,
+        origin,
+        lambda: decoded(samples, vq, "llamagen", None),
+        folder.absolute(),
+        samples.class_names,
     )
 
 
@@ -124,4 +155,5 @@ def fashion_reference(network: FashionFeatures) -> Reference:
         moments(features.spatial),
         features.pool,
         labels.astype(np.int64),
+        CLASSES,
     )

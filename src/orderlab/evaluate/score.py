@@ -67,7 +67,7 @@ def run(run_dir: str | Path, *, samples: list[str] | None = None) -> dict[str, A
             scores = add_to_json(folder.scores, {"tokenizer": [record.as_dict() for record in score_reconstruction(references)]})
         for name in missing:
             sample_set = SampleSet(folder.samples / name)
-            images = decode(tokenizer(config.data.tokenizer), sample_set.tokens_NP)
+            images = decode(tokenizer(config.data.tokenizer), sample_set.tokens_NP, sample_set.grid)
             records, per_image = score_images(images, sample_set.classes_N, references, _origin(sample_set))
             kept = {
                 "records": [record.as_dict() for record in records],
@@ -170,7 +170,7 @@ def _references(data: DataConfig, grid: tuple[int, int], cache: Path) -> Referen
     images, _ = fashion_images(data, "validation")
     _, validation = token_sets(data, grid, cache)
     _, tokens_NP = validation.read(np.arange(len(validation)))
-    decoded = decode(tokenizer(data.tokenizer), tokens_NP)
+    decoded = decode(tokenizer(data.tokenizer), tokens_NP, grid)
     return References(
         network=network,
         real=Reference(f"{len(images)} validation images", network(images), _hash(images)),

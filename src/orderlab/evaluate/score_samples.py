@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from orderlab.data.imagenet import Labels, in_numbering_of
 from orderlab.errors import UserError
 from orderlab.evaluate.measure import Measured, Options, records, warnings
 from orderlab.evaluate.per_class import per_class
 from orderlab.evaluate.reference import Reference
-from orderlab.evaluate.samples import load_samples, network_for, reference_for
+from orderlab.evaluate.samples import Samples, load_samples, network_for, reference_for
 
 
 def run(
@@ -35,13 +36,22 @@ def run(
             "records": [record.as_dict() for record in records(measured, against, seen, chosen)],
         }
         if has_classes:
-            result["classes"] = _classes(samples.name, measured, against)
+            if samples.class_names is None or against.class_names is None:
+                side = samples.name if samples.class_names is None else against.name
+                result["warnings"].append(
+                    f"{side} does not say which classes its labels number: those of both files are taken for the same"
+                )
+            result["classes"] = _classes(samples, measured, against)
         results[samples.name] = result
     return results
 
 
-def _classes(name: str, measured: Measured, reference: Reference) -> list[dict[str, Any]]:
+def _classes(samples: Samples, measured: Measured, reference: Reference) -> list[dict[str, Any]]:
+    """Classes are paired by name: an ImageNet-100 reference counts 0 to 99 where a model of ImageNet-1K has other numbers for them."""
     if measured.labels_N is None or reference.labels_M is None or reference.features_MD is None:
-        side = name if measured.labels_N is None else reference.name
+        side = samples.name if measured.labels_N is None else reference.name
         raise UserError(f"{side} has no labels; a table of classes needs arr_1 in both files and images in the reference")
-    return [asdict(row) for row in per_class(measured.features.pool, measured.labels_N, reference.features_MD, reference.labels_M)]
+    own = Labels(measured.labels_N, samples.class_names, samples.name)
+    labels_M = in_numbering_of(own, Labels(reference.labels_M, reference.class_names, reference.name))
+    is_known = labels_M >= 0
+    return [asdict(row) for row in per_class(measured.features.pool, own.numbers_N, reference.features_MD[is_known], labels_M[is_known])]

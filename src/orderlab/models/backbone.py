@@ -22,11 +22,11 @@ PART_BYTES = 2**23  # of the widest intermediate of a pass on the CPU
 
 
 class ClassEmbedding(nn.Module):
-    """One row per class and one, the last, for the null class of guidance."""
+    """One row per class and, where the model has one, the last for the null class of guidance."""
 
-    def __init__(self, classes: int, dim: int):
+    def __init__(self, rows: int, dim: int):
         super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, dim)
+        self.embedding_table = nn.Embedding(rows, dim)
 
     def forward(self, classes_B: Tensor) -> Tensor:
         return self.embedding_table(classes_B)
@@ -40,7 +40,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):
-            self.cls_embedding = ClassEmbedding(config.classes, config.dim)
+            self.cls_embedding = ClassEmbedding(config.class_rows, config.dim)
             self.tok_embeddings = nn.Embedding(token_rows, config.dim)
             for name in position_tables:
                 self.add_module(name, nn.Embedding(config.positions, config.dim))
@@ -66,6 +66,12 @@ class Backbone(nn.Module):
 
     @property
     def null_class(self) -> int:
+        """The class of guidance's other branch. Raises `UserError` where the model was trained without one."""
+        if not self.config.has_null_class:
+            raise UserError(
+                f"this model was trained without label drop: its class table has {self.config.classes} rows for as many classes and none "
+                "for guidance to start from; sample with --guidance 1"
+            )
         return self.config.classes
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -96,8 +102,8 @@ class Backbone(nn.Module):
         if classes_B.dim() != 1 or len(classes_B) == 0:
             raise UserError(f"classes have shape {tuple(classes_B.shape)}; expected [B] with at least one image")
         low, high = int(classes_B.min()), int(classes_B.max())
-        if low < 0 or high > self.null_class:
-            raise UserError(f"classes reach from {low} to {high}; the model knows 0 to {self.null_class}")
+        if low < 0 or high >= self.config.class_rows:
+            raise UserError(f"classes reach from {low} to {high}; the model knows 0 to {self.config.class_rows - 1}")
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

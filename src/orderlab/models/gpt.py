@@ -25,6 +25,7 @@ PRESETS: dict[str, GPTConfig] = {
     "GPT-L": GPTConfig(layers=24, heads=16, dim=1024),  # 342,910,976
     "GPT-XL": GPTConfig(layers=36, heads=20, dim=1280),  # 774,699,520
     "GPT-XXL": GPTConfig(layers=48, heads=24, dim=1536),  # 1,410,972,672
+    "GPT-3B": GPTConfig(layers=24, heads=32, dim=3200),  # 3,096,659,200
 }
 
 

@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderlab.config_tasks import OracleConfig, OracleTask, ViTSizes
-from orderlab.errors import UserError
+from orderlab.errors import UserError, reading
 from orderlab.models.vit import ViTBlock, init_weights
-from orderlab.models.weights import load_state, read_safetensors, save_weights
+from orderlab.models.weights import filled, read_safetensors, save_weights
 from orderlab.order.perm import rows_at, to_steps
 
 HEADER, TOKENIZER = "orderlab.oracle", "orderlab.tokenizer_hash"
@@ -115,14 +114,9 @@ def load_oracle(file: str | Path) -> Oracle:
     if not file.is_file():
         raise UserError(f"oracle {file} does not exist; train one: orderlab oracle train")
     tensors, header = read_safetensors(file, "oracle")
-    try:
+    if HEADER not in header:
+        raise UserError(f"{file} is no oracle: its header has no sizes of one; expected a checkpoint of orderlab oracle train")
+    with reading(f"oracle {file}: its header", "it holds a config this version cannot read"):
         config = OracleConfig.model_validate_json(header[HEADER])
-    except KeyError:
-        raise UserError(f"{file} is no oracle: its header has no sizes of one; expected a checkpoint of orderlab oracle train") from None
-    except ValidationError as error:
-        raise UserError(f"oracle {file}: its header holds a config this version cannot read ({error.errors()[0]['msg']})") from None
-    with torch.device("meta"):
-        oracle = Oracle(config, tokenizer_hash=header.get(TOKENIZER, "unknown"))
-    oracle = oracle.to_empty(device="cpu")
-    load_state(oracle, tensors, file, "oracle")
-    return oracle.eval().requires_grad_(False)
+    oracle = filled(lambda: Oracle(config, tokenizer_hash=header.get(TOKENIZER, "unknown")), tensors, file, "oracle")
+    return oracle.requires_grad_(False)

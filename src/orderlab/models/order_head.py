@@ -41,7 +41,8 @@ class ScoredOrdering(nn.Module):
         self.positions = nn.Parameter(torch.empty(1, config.registers + config.positions, config.dim))
         self.blocks = nn.Sequential(*(ViTBlock(config.dim, config.heads, config.mlp_dim) for _ in range(config.layers)))
         self.head = nn.Sequential(nn.Linear(config.dim, config.dim // 2), nn.GELU(), nn.Linear(config.dim // 2, 1))
-        init_weights(self, torch.Generator().manual_seed(seed))
+        if not self.registers.is_meta:
+            init_weights(self, torch.Generator().manual_seed(seed))
 
     def forward(self, states_BPD: Tensor, entries_BPC: Tensor | None = None, is_truth_B: Tensor | None = None) -> Tensor:
         """In the weights' own precision, autocast or not: scores that bf16 rounds alike would be cut by position."""

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from orderlab.config import GPTConfig
 from orderlab.config_tasks import OrderHeadTask
-from orderlab.errors import UserError
+from orderlab.errors import UserError, reading
 from orderlab.models.formats import check_kind, read_weights, save_checkpoint
 from orderlab.models.gpt import GPT
 from orderlab.models.order_head import ScoredOrdering, Split, split
-from orderlab.models.weights import load_state
+from orderlab.models.weights import filled, load_state
 from orderlab.order.perm import to_steps
 
 
@@ -130,11 +129,7 @@ def load_ordered_gpt(file: str | Path) -> OrderedGPT:
     """Load a GPT with its OrderHead, in eval mode, fp32, on the CPU. Raises `UserError` for a file that holds something else."""
     weights = read_weights(file)
     check_kind(weights, "ordered-gpt", file)
-    try:
+    with reading(f"checkpoint {file}: its header", "it has no config of an OrderHead that this version can read"):
         config = GPTConfig.model_validate_json(weights.header["orderlab.model"])
         task = OrderHeadTask.model_validate_json(weights.header["orderlab.task"])
-    except (KeyError, ValidationError):
-        raise UserError(f"checkpoint {file} has no config of an OrderHead that this version can read") from None
-    model = OrderedGPT(config, task)
-    load_state(model, weights.tensors, file)
-    return model.eval()
+    return filled(lambda: OrderedGPT(config, task, device="meta"), weights.tensors, file)

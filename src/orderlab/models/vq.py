@@ -8,24 +8,20 @@ of LlamaGen's files, so VQ-16 loads as it was released. Departures: `codebook_us
 B batch · C channels · h, w token grid · P = h * w grid position, row by row · D codebook width · V codebook size
 """
 
-import json
-import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orderlab.errors import UserError
+from orderlab.errors import UserError, reading
 from orderlab.frozen import Frozen
 from orderlab.models.vq_blocks import AttentionBlock, Level, ResnetBlock
-from orderlab.models.weights import load_state, read_pickle, read_safetensors, save_weights, weights_hash, without_prefixes
-
-log = logging.getLogger("orderlab")
+from orderlab.models.weights import filled, read_tensors, save_weights, weights_hash
 
 
 class VQConfig(Frozen):
@@ -35,9 +31,9 @@ class VQConfig(Frozen):
     """image channels"""
     ch: int = Field(default=128, ge=1)
     """channels of the first level"""
-    ch_mult: tuple[int, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1)
+    ch_mult: tuple[int, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1, max_length=8)
     """channels of each level as multiples of `ch`; each level but the last halves the resolution"""
-    res_blocks: int = Field(default=2, ge=1)
+    res_blocks: int = Field(default=2, ge=1, le=64)
     """residual blocks a level in the encoder; the decoder has one more"""
     z_channels: int = Field(default=256, ge=1)
     """channels between encoder and codebook"""
@@ -226,47 +222,26 @@ def save_vq(path: Path, model: VQ, header: Mapping[str, str] | None = None) -> N
     save_weights(path, model.state_dict(), {**(header or {}), **own})
 
 
-def load_vq(path: Path, config: VQConfig | None = None, weights: Literal["model", "ema"] = "model") -> VQ:
+def load_vq(path: str | Path, config: VQConfig | None = None) -> VQ:
     """Read a frozen tokenizer in eval mode, float32, strictly: every name and every shape must agree.
 
-    `path` is a safetensors file of ours, or a `.pt` of LlamaGen, whose config is found among `PRESETS` by its shapes when none is given.
-    A training checkpoint may hold two tokenizers: `weights` chooses, and a log line tells that the other is there. Raises UserError.
+    `path` is a safetensors file of ours, or weights of LlamaGen as safetensors or `.pt`, whose config is found among `PRESETS` by its
+    shapes when none is given. `FILE#ema` takes the averaged weights of a training checkpoint that holds two tokenizers. Raises UserError.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        state, config = _read_ours(path, config)
-    else:
-        state = _read_llamagen(path, weights)
+    read = read_tensors(path, "tokenizer")
+    state = read.tensors
     state.pop("quantize.codebook_used", None)  # LlamaGen's usage counter of training
-    config = config or _matching_preset(state)
-    with torch.device("meta"):
-        model = VQ(config)
-    model = model.to_empty(device="cpu")
-    load_state(model, state, path, "tokenizer")
-    return model.eval().requires_grad_(False)
+    if config is None and "config" in read.header:
+        with reading(f"tokenizer {path}: the config in its header", "expected a file of `orderlab tokenizer train`"):
+            config = VQConfig.model_validate_json(read.header["config"])
+    found = config or _matching_preset(state, path)
+    return filled(lambda: VQ(found), state, path, "tokenizer").requires_grad_(False)
 
 
-def _read_ours(path: Path, config: VQConfig | None) -> tuple[dict[str, Tensor], VQConfig]:
-    state, header = read_safetensors(path, "tokenizer")
-    try:
-        return state, config or VQConfig.model_validate(json.loads(header["config"]))
-    except (KeyError, json.JSONDecodeError, ValidationError):
-        raise UserError(f"tokenizer {path} has no config in its header; expected a file of `orderlab tokenizer train`") from None
-
-
-def _read_llamagen(path: Path, weights: Literal["model", "ema"]) -> dict[str, Tensor]:
-    content = read_pickle(path, "tokenizer")
-    found = [key for key in ("model", "ema", "state_dict") if isinstance(content, dict) and isinstance(content.get(key), dict)]
-    key = "state_dict" if weights == "model" and found == ["state_dict"] else weights
-    if key not in found:
-        raise UserError(f"tokenizer {path} holds no {weights!r} weights (found: {', '.join(found) or 'none'})")
-    if {"model", "ema"} <= set(found):
-        log.warning("%s holds both 'model' and 'ema' weights, two different tokenizers: took %r", path, key)
-    return without_prefixes(content[key])
-
-
-def _matching_preset(state: Mapping[str, Tensor]) -> VQConfig:
+def _matching_preset(state: Mapping[str, Tensor], path: str | Path) -> VQConfig:
     """The preset with these names; where there is none, VQ-16, so that the strict load names the first difference."""
+    if not any(name.startswith("quantize.") for name in state):
+        raise UserError(f"{path} is no tokenizer: it has no codebook (quantize.embedding.weight); expected LlamaGen's VQ-16 or one of ours")
     for config in PRESETS.values():
         with torch.device("meta"):
             expected = VQ(config).state_dict()

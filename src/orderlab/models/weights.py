@@ -7,38 +7,106 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from orderlab.errors import UserError
+from orderlab.errors import UserError, reading
 from orderlab.runtime.files import write_atomically
 
 PREFIXES = ("_orig_mod.", "module.")
+WRAPPER_KEYS = ("model", "module", "state_dict")  # LlamaGen and DDP, DeepSpeed, Lightning; else the file is the state dict (FSDP)
+PARTS = (*WRAPPER_KEYS, "ema")
+HARMLESS: list[Any] = [  # beside tensors and containers: LlamaGen's settings, and numpy's numbers by their new name and their old one
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"),
+    np._core.multiarray.scalar,  # pyrefly: ignore
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # pyrefly: ignore
+]
+log = logging.getLogger("orderlab")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A file's tensors by name, and its string header (empty where the format has none)."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+
+
+def split_part(name: str | Path) -> tuple[Path, str | None]:
+    """`FILE#ema` names one of several sets of weights in a training file: (FILE, "ema"); (FILE, None) without such an end."""
+    base, mark, part = str(name).rpartition("#")
+    return (Path(base), part) if mark and part in PARTS and not Path(name).exists() else (Path(name), None)
+
+
+def read_tensors(name: str | Path, kind: str) -> Tensors:
+    """The weights in `FILE` or `FILE#ema`: safetensors, or a pickle's state dict, bare or under a wrapper's key.
+
+    `kind` names the file in the error: "checkpoint", "tokenizer". A file that holds averaged weights too says so. Raises `UserError`.
+    """
+    file, part = split_part(name)
+    if not file.is_file():
+        raise UserError(f"{kind} {file} does not exist or is no file; expected a .safetensors, .pt or .pth file")
+    if file.suffix == ".safetensors":
+        if part is not None:
+            raise UserError(f"{kind} {file} holds one set of weights; name it without #{part}")
+        return Tensors(*read_safetensors(file, kind))
+    content = read_pickle(file, kind)
+    found = [key for key in PARTS if isinstance(content, dict) and isinstance(content.get(key), dict)]
+    if part is not None and part not in found:
+        raise UserError(f"{kind} {file} holds no {part!r} weights (found: {', '.join(found) or 'a bare state dict'})")
+    if part is None and {"ema"} < set(found):
+        log.warning(
+            "%s holds both %r and 'ema' weights, two different models: took %r (%s#ema names the other)", file, found[0], found[0], file
+        )
+    state = content[part or found[0]] if found and (part or found[0] != "ema") else content
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        keys = ", ".join(found) or "none"
+        raise UserError(
+            f"{kind} {file} holds no tensors; expected a state dict, bare or under one of {', '.join(WRAPPER_KEYS)} (found: {keys})"
+        )
+    return Tensors(without_prefixes(tensors), {})
 
 
 def read_safetensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by name and the string header. `kind` names the file in the error: "checkpoint", "tokenizer"."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return without_prefixes({name: handle.get_tensor(name) for name in handle.keys()}), handle.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{kind} {file} is not a whole safetensors file ({error}); it may be truncated, make or fetch it again") from None
+    advice = "it is no whole safetensors file, it may be truncated: make or fetch it again"
+    with reading(f"{kind} {file}", advice), safe_open(file, framework="pt") as handle:
+        return without_prefixes({name: handle.get_tensor(name) for name in handle.keys()}), handle.metadata() or {}  # noqa: SIM118
 
 
 def read_pickle(file: Path, kind: str) -> Any:
-    """What `torch.save` wrote, with tensors and plain containers only (and LlamaGen's `argparse.Namespace`)."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+    """What `torch.save` wrote, with tensors, plain containers and numbers only (and LlamaGen's `argparse.Namespace`)."""
+    with torch.serialization.safe_globals(HARMLESS), reading(f"{kind} {file}", "it is truncated or not a weight file"):
+        try:
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles make the unpickler raise anything, IndexError included
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{kind} {file} cannot be read ({reason[:120]}); it is truncated or not a weight file") from None
+        except Exception as error:
+            unsafe: list[str] = []
+            with suppress(Exception):  # a damaged file has no list
+                unsafe = sorted(
+                    torch.serialization.get_unsafe_globals_in_checkpoint(str(file)), key=lambda name: (name.startswith("builtins"), name)
+                )
+            if unsafe:
+                raise UserError(
+                    f"{kind} {file} holds {', '.join(unsafe[:3])} beside its tensors, and only tensors, containers and numbers are read: "
+                    "save the state dict alone"
+                ) from None
+            if "weights_only" in str(error):  # torch's advice to run what is in the file
+                raise ValueError("no pickle of tensors") from None
+            raise
 
 
 def without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -53,6 +121,12 @@ def without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], file: str | Path, kind: str = "checkpoint") -> None:
     """Strict load; the error is one line that names the first key at fault, what was expected and what was found."""
+    check_state(module, tensors, file, kind)
+    module.load_state_dict(tensors)
+
+
+def check_state(module: nn.Module, tensors: Mapping[str, Tensor], file: str | Path, kind: str = "checkpoint") -> None:
+    """The same question without the load, also of a module on the meta device."""
     expected = module.state_dict()
     for name, tensor in expected.items():
         if name not in tensors:
@@ -62,7 +136,16 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], file: str | Pat
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
         raise UserError(f"{kind} {file}: unexpected key {unknown[0]} (and {len(unknown) - 1} more); is this another kind of model?")
+
+
+def filled(build: Callable[[], Module], tensors: Mapping[str, Tensor], file: str | Path, kind: str = "checkpoint") -> Module:
+    """The module that `build` makes, with a file's weights, in eval mode on the CPU; nothing is allocated before everything fits."""
+    with reading(f"{kind} {file}", "the sizes it gives make no model"), torch.device("meta"):
+        module = build()
+    check_state(module, tensors, file, kind)
+    module = module.to_empty(device="cpu")
     module.load_state_dict(tensors)
+    return module.eval()
 
 
 def save_weights(file: str | Path, state: Mapping[str, Tensor], header: Mapping[str, str]) -> None:

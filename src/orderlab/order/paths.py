@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from orderlab.errors import UserError
+from orderlab.frozen import MOST_SIDE
 
 Cells = Iterable[tuple[int, int]]
-MOST_POSITIONS = 2**16  # an order is stored as uint16
 
 
 def raster(height: int, width: int) -> Cells:
@@ -186,10 +186,9 @@ def parse_order_name(name: str, seed: int = 0) -> tuple[str, int]:
 
 def parse_grid(text: str) -> tuple[int, int]:
     """Read "16x16" as (16, 16)."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match or "0" in match.groups():
+    match = re.fullmatch(r"([1-9]\d{0,9})x([1-9]\d{0,9})", text, re.ASCII)
+    if not match:
         raise UserError(f"grid '{text}' is not HEIGHTxWIDTH; expected for example 16x16")
-    height, width = (int(side[:9]) for side in match.groups())
-    if height * width > MOST_POSITIONS:
-        raise UserError(f"grid '{text}' has more than {MOST_POSITIONS:,} tokens; expected at most 256x256")
-    return height, width
+    if max(map(int, match.groups())) > MOST_SIDE:
+        raise UserError(f"grid '{text}' is too large; expected at most {MOST_SIDE}x{MOST_SIDE}")
+    return int(match[1]), int(match[2])

@@ -284,7 +284,8 @@ def _measured_on(rows: list[Row], scale: Scale, runs: Path, seed: int) -> str:
 def _images(folder: RunFolder, name: str, count: int) -> np.ndarray | None:
     if not (folder.samples / name / "sample.json").exists():
         return None
-    return decode(tokenizer(folder.config().data.tokenizer), SampleSet(folder.samples / name).tokens_NP[:count])
+    samples = SampleSet(folder.samples / name)
+    return decode(tokenizer(folder.config().data.tokenizer), samples.tokens_NP[:count], samples.grid)
 
 
 def save_samples(run_dir: Path, name: str, file: Path) -> None:

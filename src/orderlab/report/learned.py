@@ -117,7 +117,7 @@ def _drafts(folder: RunFolder, config: RunConfig) -> tuple[np.ndarray, np.ndarra
     drafts, orders = (np.load(found[0].with_name(name))[:DRAFTS] for name in ("drafts.npy", "orders.npy"))
     is_first = np.zeros(orders.shape, bool)
     np.put_along_axis(is_first, orders[:, : config.task.first].astype(np.int64), True, axis=1)
-    return decode(tokenizer(config.data.tokenizer), drafts), is_first
+    return decode(tokenizer(config.data.tokenizer), drafts, config.model.grid), is_first
 
 
 def first_groups(images: np.ndarray, is_first_NP: np.ndarray, grid: tuple[int, int]) -> Figure:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from orderlab.errors import UserError
+from orderlab.errors import UserError, reading
 
 
 def write_atomically(file: Path, content: bytes | str) -> None:
@@ -36,14 +36,13 @@ def write_json(file: Path, content: Any) -> None:
     write_atomically(file, json.dumps(content, indent=1) + "\n")
 
 
-def read_json(file: Path) -> Any:
-    """Read a JSON file; a missing or damaged one is a `UserError`."""
-    try:
-        return json.loads(Path(file).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}); delete it to make it again") from None
+def read_json(file: Path, kind: type = dict) -> Any:
+    """Read a JSON file that holds an object (or another `kind`); a missing or damaged one is a `UserError`."""
+    with reading(file, "expected valid JSON; delete a damaged file to make it again"):
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds a {type(content).__name__}, not a {kind.__name__}")
+        return content
 
 
 def add_to_json(file: Path, entries: dict[str, Any]) -> dict[str, Any]:

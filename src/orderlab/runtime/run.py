@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ import torch
 from pydantic import ValidationError
 
 from orderlab.config import EXECUTION_KNOBS, PATH_KNOBS, RunConfig
-from orderlab.errors import UserError
+from orderlab.errors import UserError, reading
 from orderlab.runtime.files import locked, read_json, write_json
 
 
@@ -64,7 +64,10 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """{"state": "new" | "training" | "stopped" | "failed" | "trained", "images": n, ...}"""
         file = self.root / "status.json"
-        return read_json(file) if file.exists() else {"state": "new", "images": 0}
+        found = read_json(file) if file.exists() else {"state": "new", "images": 0}
+        if not isinstance(found.get("state"), str) or not isinstance(found.get("images"), int):
+            raise UserError(f"{file} does not say how far the run is; delete it, the same training command writes it again")
+        return found
 
     def set_status(self, state: str, images: int, **more: Any) -> None:
         write_json(self.root / "status.json", {"state": state, "images": images, **more})
@@ -74,12 +77,12 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         records = []
-        for line in self.metrics.read_text().splitlines():
-            try:
+        with reading(self.metrics, "expected one JSON record a line"):
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines:
+            with suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return [r for r in records if kind is None or r.get("kind") == kind]
+        return [r for r in records if isinstance(r, dict) and (kind is None or r.get("kind") == kind)]
 
     @contextmanager
     def lock(self) -> Iterator[None]:

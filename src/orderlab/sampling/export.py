@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from orderlab.data.imagenet import stored_names
 from orderlab.data.images import as_three_channels
 from orderlab.data.npz import NpzWriter
 from orderlab.errors import UserError
@@ -54,13 +55,13 @@ def decoded(samples: SampleSet, vq: VQ, rounding: str, size: int | None, here: W
         raise UserError(
             f"sample set {samples.folder} holds code {highest}, the tokenizer has {vocabulary}; was it sampled with another one?"
         )
-    count, positions = samples.tokens_NP.shape
-    batch, side = min(BATCH, count), size or round(positions**0.5) * vq.config.downsampling
+    count, grid = len(samples.tokens_NP), samples.grid
+    batch, (height, width) = min(BATCH, count), (size or side * vq.config.downsampling for side in grid)
     for start in range(0, count, batch * here.size):
         own_BP = samples.tokens_NP[start + batch * here.rank :][:batch]
-        images = np.zeros((batch, side, side, 3), np.uint8)  # of one shape for all, also beyond the end of the set
+        images = np.zeros((batch, height, width, 3), np.uint8)  # of one shape for all, also beyond the end of the set
         if len(own_BP):
-            images[: len(own_BP)] = _images(vq, own_BP, rounding, size)
+            images[: len(own_BP)] = _images(vq, own_BP, grid, rounding, size)
         for part, collected in enumerate(here.collect(torch.from_numpy(images))):
             kept = collected[: max(0, count - start - part * batch)]
             if len(kept):
@@ -68,9 +69,9 @@ def decoded(samples: SampleSet, vq: VQ, rounding: str, size: int | None, here: W
 
 
 @torch.inference_mode()
-def _images(vq: VQ, tokens_BP: np.ndarray, rounding: str, size: int | None) -> np.ndarray:
+def _images(vq: VQ, tokens_BP: np.ndarray, grid: tuple[int, int], rounding: str, size: int | None) -> np.ndarray:
     device = next(vq.parameters()).device
-    images = vq.decode(torch.from_numpy(tokens_BP.astype(np.int64)).to(device)).float()
+    images = vq.decode(torch.from_numpy(tokens_BP.astype(np.int64)).to(device), grid).float()
     if size is not None and images.shape[2:] != (size, size):
         images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=False)
     return quantise(images, rounding)
@@ -98,6 +99,7 @@ def _note(samples: SampleSet, vq: VQ, rounding: str, size: int | None) -> dict[s
         "rounding": rounding,
         "resize": "none" if size is None else f"bicubic without antialias to {size}",
         "seeds": [samples.config.seed],
+        "class_names": stored_names(samples.class_names),
         "tokenizer": tokenizer_hash(vq),
         "sample": samples.meta,
     }

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from orderlab.config import RunConfig, SampleConfig
-from orderlab.data.imagenet import class_rows
-from orderlab.data.npz import FAULTS
-from orderlab.errors import UserError
+from orderlab.data.imagenet import class_rows, read_names, stored_names
+from orderlab.data.npz import read_array
+from orderlab.data.prepare import class_names
+from orderlab.errors import UserError, reading
 from orderlab.models.checkpoints import load_model
 from orderlab.models.oracle import load_oracle, true_class_probability
 from orderlab.runtime.dist import World, world
@@ -39,14 +40,10 @@ class SampleSet:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         advice = "delete the folder and sample again"
-        try:
+        with reading(f"sample set {self.folder}", advice):
             self.meta = read_json(self.folder / "sample.json")
             self.config = SampleConfig.model_validate(self.meta["config"])
-            self.tokens_NP: np.ndarray = np.load(self.folder / "tokens.npy", allow_pickle=False)
-            self.classes_N: np.ndarray = np.load(self.folder / "classes.npy", allow_pickle=False)
-        except FAULTS as error:
-            reason = " ".join(str(error).split())[:80]
-            raise UserError(f"sample set {self.folder} is damaged ({reason}); {advice}") from None
+        self.tokens_NP, self.classes_N = (read_array(self.folder / name, advice) for name in ("tokens.npy", "classes.npy"))
         if self.meta.get("content") not in (None, content_hash(self.folder)):
             raise UserError(f"sample set {self.folder} is damaged (its tokens or classes are not those that were written); {advice}")
         shapes = self.tokens_NP.shape, self.classes_N.shape
@@ -54,6 +51,16 @@ class SampleSet:
         if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1] or not shapes[0][0] or set(kinds) - set("iu"):
             found = f"tokens {self.tokens_NP.dtype} {list(shapes[0])} and classes {self.classes_N.dtype} {list(shapes[1])}"
             raise UserError(f"sample set {self.folder} holds {found}; expected integers [N, P] and [N]: {advice}")
+        self.class_names = read_names(self.meta.get("class_names"))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of its tokens: its own word, else its run's. Raises `UserError` where neither fits the tokens."""
+        own = self.meta.get("grid")
+        grid = tuple(own) if isinstance(own, list) else RunFolder(self.folder.parent.parent).config().model.grid
+        if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid) or grid[0] * grid[1] != self.tokens_NP.shape[1]:
+            raise UserError(f"sample set {self.folder} has {self.tokens_NP.shape[1]} tokens an image, which are no grid of {grid}")
+        return grid[0], grid[1]
 
 
 def content_hash(folder: Path) -> str:
@@ -114,6 +121,7 @@ def run(
             }
             made_on = {"device": device_name(), "precision": str(next(model.parameters()).dtype).removeprefix("torch.")}
             meta = {"config": config.model_dump(), "checkpoint": checkpoint, "content": content_hash(out), **made_on, **cost}
+            meta |= {"grid": run_config.model.grid, "class_names": stored_names(class_names(run_config.data))}
             write_json(out / "sample.json", meta)
         here.barrier()
     return out

@@ -13,22 +13,22 @@ from torch import Tensor
 
 from orderlab.config import RunConfig, StartConfig
 from orderlab.errors import UserError
-from orderlab.models.formats import read_weights
+from orderlab.models.formats import CLASS_ROWS, check_grid, read_weights
 from orderlab.models.gpt import GPT
-from orderlab.models.weights import load_state
+from orderlab.models.weights import load_state, split_part
 from orderlab.runtime.run import RunFolder
 from orderlab.training.objectives import Objective
 
-CLASS_ROWS, TARGET_ROWS = "cls_embedding.embedding_table.weight", "ta_embedding.weight"
+TARGET_ROWS = "ta_embedding.weight"
 
 
 def start_file(start: StartConfig, config: RunConfig, runs: Path) -> Path:
     """The weight file a run starts from. Raises `UserError` where it is not there yet, with what makes it."""
     if start.file is not None:
-        if not Path(start.file).is_file():
+        if not split_part(start.file)[0].is_file():
             raise UserError(
-                f"{start.file} does not exist and run {config.recipe} starts from it; download it and name it with --start FILE "
-                "(LlamaGen publishes c2i_B_256.pt and c2i_L_256.pt, larger models at 384 pixels alone: train one at scale paper-1k-XL)"
+                f"{start.file} does not exist and run {config.recipe} starts from it; name the file with --start FILE (LlamaGen publishes "
+                "c2i_B_256.pt and c2i_L_256.pt; its XL, XXL and 3B are of 24x24 tokens alone)"
             )
         return Path(start.file)
     folder = RunFolder(runs / f"{start.run}@{config.scale}" / f"seed{config.seed}")
@@ -45,7 +45,12 @@ def load_start(objective: Objective[Any], config: RunConfig, runs: Path) -> None
     """Put the starting weights into a fresh model, where the config names any."""
     if config.start is not None:
         file = start_file(config.start, config, runs)
-        objective.load_start(read_weights(file).tensors, file)
+        weights = read_weights(file)
+        advice = (
+            "where its weights are meant for this grid all the same, say so: orderlab hub import FILE OUT --grid HEIGHTxWIDTH, --start OUT"
+        )
+        check_grid(weights, config.model.grid, file, advice)
+        objective.load_start(weights.tensors, file)
 
 
 def load_gpt_start(model: GPT, tensors: dict[str, Tensor], config: RunConfig, file: Path) -> None:

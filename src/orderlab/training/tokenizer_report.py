@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from orderlab.data.fashion import load_fashion, to_uint8, to_unit_range
+from orderlab.errors import UserError
 from orderlab.evaluate.features import FashionFeatures
 from orderlab.evaluate.metrics import frechet_distance_from_features
 from orderlab.models.vq import VQ, tokenizer_hash
@@ -61,6 +62,10 @@ def evaluate_tokenizer(model: VQ, picture: Path | None = None, images: int | Non
 
     `picture` is a PNG to write: originals above their reconstructions, two of each class.
     """
+    if model.config.in_channels != 1:
+        raise UserError(
+            f"this tokenizer takes images of {model.config.in_channels} channels; expected one of grey images, such as fashion-8x8"
+        )
     real, labels = load_fashion("validation")
     real, labels = real[:images], labels[:images]
     codes = encode_all(model, real)

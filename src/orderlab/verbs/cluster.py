@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orderlab import catalog
 from orderlab.errors import UserError
-from orderlab.verbs.output import RUNS, Count, numbers, print_json
+from orderlab.verbs.output import RUNS, Count, numbers, placed, print_json
 
 
 def launch(
@@ -19,6 +19,7 @@ def launch(
     slurm: tuple[str, ...] = (),
     minutes: Count = 24 * 60,
     data: Path | None = None,
+    tokenizer: str | None = None,
     start: Path | None = None,
     runs: Path = RUNS,
     local: bool = False,
@@ -35,6 +36,7 @@ def launch(
         slurm: sbatch's settings as key=value (partition=gpu account=vision constraint=h100)
         minutes: time limit of a job
         data: folder of token sets, where the scale's own is elsewhere
+        tokenizer: weight file or name of the image tokenizer, in place of the scale's; FILE#ema for averaged weights
         start: weight file that fine-tunes start from
         runs: where run folders lie
         local: run here instead, one job after the other, and wait
@@ -47,8 +49,8 @@ def launch(
     from orderlab.runtime.launch import Settings, sbatch_script, submit
 
     known = catalog.scale_named(scale)
-    chosen = catalog.rows_named(rows, known)
-    plans = [plan for seed in numbers(seeds, "--seeds") for plan in job_plans(chosen, known, runs.absolute(), seed, data, start)]
+    chosen, places = catalog.rows_named(rows, known), (data, start, placed(tokenizer))
+    plans = [plan for seed in numbers(seeds, "--seeds") for plan in job_plans(chosen, known, runs.absolute(), seed, *places)]
     settings = Settings(runs.absolute() / "jobs", gpus, minutes, f"orderlab-{scale}", slurm)
     names = [f"{'+'.join(dict.fromkeys(row.run for row in plan.rows))}, seed {plan.seed}: {len(plan.rows)} rows" for plan in plans]
     if print:

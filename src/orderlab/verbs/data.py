@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orderlab.errors import UserError
 from orderlab.runtime.console import Console, is_main_process
-from orderlab.verbs.output import Count, Number, print_json, validated
+from orderlab.verbs.output import Count, Number, numbering, print_json, validated
 
 
 def tokenize_imagenet(
@@ -84,7 +84,9 @@ def tokens_check(folder: Path, /, picture: Path | None = None, items: Count = 16
             f"{folder}: {found['images']:,} images, {len(found['views'])} views, grid {found['grid'][0]}x{found['grid'][1]}, from {found['source']}"
         )
         print(f"  codes       {codes.get('lowest')} to {codes.get('highest')}, {codes.get('used', 0):,} of {found['vocabulary']:,} used")
-        print(f"  classes     {found['classes']}, {per_class['fewest']:,} to {per_class['most']:,} images each")
+        print(
+            f"  classes     {found['classes']}, {per_class['fewest']:,} to {per_class['most']:,} images each ({numbering(token_set.class_names)})"
+        )
         print(
             f"  duplicates  {twice['count']:,} images have the tokens of an earlier one{' ' + str(twice['first']) if twice['first'] else ''}"
         )
@@ -133,5 +135,6 @@ def tokens_import(
     else:
         meta = token_set.meta
         print(
-            f"{out}: {meta.images:,} images, {len(meta.views)} views, {meta.classes} classes, from {meta.source}; look at it: orderlab tokens check {out}"
+            f"{out}: {meta.images:,} images, {len(meta.views)} views, grid {meta.grid[0]}x{meta.grid[1]}, {meta.classes} classes "
+            f"({numbering(token_set.class_names)}), from {meta.source}; look at it: orderlab tokens check {out}"
         )

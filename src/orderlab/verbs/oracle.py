@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orderlab import catalog
-from orderlab.verbs.output import RUNS, Count, Seed, leave_if_stopped, print_cost, print_json, print_result
+from orderlab.verbs.output import RUNS, Count, Seed, leave_if_stopped, placed, print_cost, print_json, print_result
 
 if TYPE_CHECKING:
     from orderlab.training.importance import Importance
@@ -17,6 +17,7 @@ def oracle_train(
     seed: Seed = 0,
     images: Count | None = None,
     data: Path | None = None,
+    tokenizer: str | None = None,
     runs: Path = RUNS,
     dry_run: bool = False,
     json: bool = False,
@@ -28,11 +29,12 @@ def oracle_train(
         seed: covers weights, data order and the tokens that are shown
         images: training length in images seen
         data: folder of IDX files or of token sets
+        tokenizer: weight file or name of the image tokenizer, in place of the scale's; FILE#ema for averaged weights
         runs: where run folders lie
         dry_run: print config, parameters, FLOPs, memory, disk and time; train nothing
         json: print for programs
     """
-    asked = {"images": images, "data.folder": data and str(data)}
+    asked = {"images": images, "data.folder": data and str(data), "data.tokenizer": placed(tokenizer)}
     config = catalog.resolve("oracle", scale, seed, **{name: value for name, value in asked.items() if value is not None})
     if dry_run:
         from orderlab.cost import training_cost
@@ -115,5 +117,5 @@ def _draw(found: Importance, values: dict[str, dict[str, float]], images: int, f
         MapRow("attention", notes["saliency_attn"], attention, 1.0),
         MapRow("attention, enlarged", f"× {1 / float(attention.max()):.0f}", attention, float(attention.max())),
     ]
-    pictures = decode(tokenizer(found.config.data.tokenizer), found.tokens_NP[chosen])
+    pictures = decode(tokenizer(found.config.data.tokenizer), found.tokens_NP[chosen], found.config.model.grid)
     save_importance(importance(pictures, names, rows, found.config.model.grid), file)

@@ -45,12 +45,22 @@ def numbers(text: str, flag: str, least: int = 0) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def placed(tokenizer: str | None) -> str | None:
+    """A tokenizer's file by its absolute name, so that a run's config means the same in every folder; a shipped one by its own."""
+    return str(Path(tokenizer).absolute()) if tokenizer and Path(tokenizer.partition("#")[0]).is_file() else tokenizer
+
+
+def numbering(names: tuple[str, ...] | None) -> str:
+    """What labels number, for people."""
+    return f"{names[0]} to {names[-1]}" if names else "numbers without names"
+
+
 def read_state(status: Path) -> str:
     """What `list` says of a run's status file."""
     try:
         content = json.loads(status.read_text())
         return content["state"] if content["state"] == "trained" else f"{content['state']} {content['images'] / content['of']:.0%}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return "-"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orderlab.errors import UserError
-from orderlab.verbs.output import Count, Number, print_json
+from orderlab.verbs.output import Count, Number, numbering, print_json
 
 
 def weights_inception(file: Path | None = None, download: bool = False) -> None:
@@ -38,7 +38,7 @@ def score(
     """Score a sample file, or every sample set of a run that has no score yet.
 
     Args:
-        samples: an npz with uint8 images under arr_0, or a run folder
+        samples: an npz with uint8 images under arr_0, a run folder, a sample set, or a folder of images (as LlamaGen's sampler leaves one)
         reference: ADM's npz or one of orderlab reference; for 32x32 images the package's validation images when empty
         network: inception, fashion, efficientnet-lite0 or a TorchScript file; by image size when empty
         pr_mode: precision and recall in fp32, or adm-fp16 as in published tables
@@ -47,7 +47,7 @@ def score(
         per_class: a table of classes too
         json: print the full records
     """
-    is_file = samples.is_file() or samples.suffix == ".npz"
+    is_file = samples.is_file() or samples.suffix == ".npz" or (samples.is_dir() and not (samples / "config.json").exists())
     if is_file or reference or network or density or shuffle is not None or per_class or pr_mode != "fp32":
         _score_samples(samples, reference, network, {"pr_mode": pr_mode, "shuffle_seed": shuffle, "has_density": density}, per_class, json)
         return
@@ -183,7 +183,12 @@ def reference(
     found = image_batches(images, BATCH, size, classes, labels)
     seen = extractor(network or default_network(found.height, found.width))
     count = write_reference(found, str(images), out, seen, keep)
-    print(f"reference: {out} · {count:,} images of {found.height}x{found.width} · {seen.name}")
+    classes_said = (
+        "no labels"
+        if found.labels_N is None
+        else f"labels {found.labels_N.min()} to {found.labels_N.max()} ({numbering(found.class_names)})"
+    )
+    print(f"reference: {out} · {count:,} images of {found.height}x{found.width} · {classes_said} · {seen.name}")
 
 
 def reference_verify(reference: Path, samples: Path, /) -> None:

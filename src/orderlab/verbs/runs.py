@@ -7,7 +7,7 @@ from typing import Any
 
 from orderlab import catalog
 from orderlab.config import RunConfig
-from orderlab.verbs.output import RUNS, Count, Number, Rate, Seed, leave_if_stopped, print_cost, print_json, print_result, validated
+from orderlab.verbs.output import RUNS, Count, Number, Rate, Seed, leave_if_stopped, placed, print_cost, print_json, print_result, validated
 
 
 def train(
@@ -21,6 +21,7 @@ def train(
     micro_batch: Count | None = None,
     precision: str | None = None,
     data: Path | None = None,
+    tokenizer: str | None = None,
     start: Path | None = None,
     runs: Path = RUNS,
     dry_run: bool = False,
@@ -38,7 +39,8 @@ def train(
         micro_batch: images of one forward pass; the gradient accumulates over the rest
         precision: fp32 or bf16
         data: folder of IDX files or of token sets
-        start: weight file to fine-tune, ours or LlamaGen's, in place of what the run starts from
+        tokenizer: weight file or name of the image tokenizer, in place of the scale's; FILE#ema for averaged weights
+        start: weight file to fine-tune, ours or LlamaGen's, in place of what the run starts from; FILE#ema for averaged weights
         runs: where run folders lie
         dry_run: print config, parameters, FLOPs, memory, disk and time; train nothing
         json: print for programs
@@ -50,6 +52,7 @@ def train(
         "micro_batch": micro_batch,
         "precision": precision,
         "data.folder": data and str(data),
+        "data.tokenizer": placed(tokenizer),
         "start.file": start and str(start),
     }
     run = catalog.run_named(row, catalog.scale_named(scale))

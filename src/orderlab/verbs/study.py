@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orderlab import catalog
-from orderlab.verbs.output import RUNS, Seed, leave_if_stopped, print_cost, print_json, read_state
+from orderlab.verbs.output import RUNS, Seed, leave_if_stopped, placed, print_cost, print_json, read_state
 
 
 def reproduce(
@@ -14,6 +14,7 @@ def reproduce(
     rows: tuple[str, ...] = ("2-in100",),
     seed: Seed = 0,
     data: Path | None = None,
+    tokenizer: str | None = None,
     start: Path | None = None,
     runs: Path = RUNS,
     dry_run: bool = False,
@@ -26,6 +27,7 @@ def reproduce(
         rows: rows, tables or runs; "all" for the whole catalogue
         seed: seed of every run
         data: folder of token sets or of IDX files, where the scale's own is elsewhere
+        tokenizer: weight file or name of the image tokenizer, in place of the scale's; FILE#ema for averaged weights
         start: weight file that fine-tunes start from (c2i_B_256.pt)
         runs: where run folders lie
         dry_run: print the cost of every run and row; do nothing
@@ -49,7 +51,7 @@ def reproduce(
         return
     from orderlab.runtime.console import Console
 
-    plan = module.Plan(chosen, known, runs, seed, data, start)
+    plan = module.Plan(chosen, known, runs, seed, data, start, placed(tokenizer))
     page = module.run(plan, Console(quiet=json))
     if json:
         print_json({"report": str(page) if page else None})
