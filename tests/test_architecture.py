@@ -69,7 +69,7 @@ def test_orders_are_gathered_in_one_place(file: Path) -> None:
 
 
 def test_files_stay_small() -> None:
-    long = {str(f.relative_to(SOURCE)): n for f in FILES if (n := len(f.read_text().splitlines())) > 350 and f.name != "catalog.py"}
+    long = {str(f.relative_to(SOURCE)): n for f in FILES if (n := len(f.read_text().splitlines())) > 500 and f.name != "catalog.py"}
     assert not long
 
 

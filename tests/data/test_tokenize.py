@@ -50,13 +50,13 @@ import os, signal, sys, torch
 from orderlab.data import tokenize
 torch.set_num_threads(1)
 config, after, how = tokenize.TokenizeConfig.model_validate_json(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-count, write = [0], tokenize._write
+count, write = [0], tokenize.write_rows
 def counted(*arguments):
     count[0] += 1
     write(*arguments)
     if count[0] == after:
         os.kill(os.getpid(), getattr(signal, how))
-tokenize._write = counted
+tokenize.write_rows = counted
 tokenize.run(config)
 """
 

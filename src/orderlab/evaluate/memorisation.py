@@ -22,8 +22,8 @@ from orderlab.data.prepare import decode, token_sets, tokenizer
 from orderlab.errors import UserError
 from orderlab.evaluate.samples import load_samples, network_for
 from orderlab.report.images import png_bytes
-from orderlab.runtime.files import write_atomically
-from orderlab.runtime.run import RunFolder
+from orderlab.runtime.files import check_replaceable, write_output
+from orderlab.runtime.run import RunFolder, run_of
 from orderlab.sampling.sample import SampleSet
 
 TILE = 2500
@@ -65,13 +65,15 @@ def nearer_share(samples_N: np.ndarray, validation_M: np.ndarray) -> tuple[float
 
 def run(folder: Path, *, picture: Path | None = None, network: str | None = None) -> dict[str, Any]:
     """Measure a sample set (or the only one of a run); optionally draw the samples nearest to training data beside their neighbours."""
+    if picture is not None:
+        check_replaceable(picture)
     found = load_samples(folder)
     if len(found) != 1 or found[0].folder is None:
         names = "; ".join(samples.name for samples in found)
         raise UserError(f"{folder} is not one sample set of a run; name its folder, one of: {names}")
-    samples, sets_run = found[0], RunFolder(found[0].folder.parent.parent)
+    samples, sets_run = found[0], run_of(found[0].folder)
     config = sets_run.config()
-    training, validation = token_sets(config.data, config.model.grid, sets_run.root.parent.parent / "tokens")
+    training, validation = token_sets(config.data, config.model.grid, sets_run.cache)
     seen, vq = network_for(samples, network), tokenizer(config.data.tokenizer)
     train_MP, validation_MP = (token_set.read(np.arange(len(token_set)))[1].numpy() for token_set in (training, validation))
     tokens_NP = SampleSet(found[0].folder).tokens_NP
@@ -117,4 +119,4 @@ def _draw(tokens_NP: np.ndarray, train_MP: np.ndarray, own: Nearest, images_of: 
         sample, neighbours = images_of(tokens_NP[i : i + 1])[0], images_of(train_MP[own.rows_NK[i]])
         gap = np.full((sample.shape[0], 4, *sample.shape[2:]), 255, np.uint8)
         rows.append(np.concatenate([sample, gap, *neighbours], axis=1))
-    write_atomically(file, png_bytes(Image.fromarray(np.concatenate(rows, axis=0))))
+    write_output(file, png_bytes(Image.fromarray(np.concatenate(rows, axis=0))))
