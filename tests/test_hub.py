@@ -105,7 +105,7 @@ def test_mistakes_are_one_line(rar_run: Path, tmp_path: Path, monkeypatch: pytes
         hub.import_weights(tmp_path / "a.pt", tmp_path / "b.pt")
     with pytest.raises(UserError, match="orderlab hub export RUN"):
         hub.push(tmp_path, "a/b")
-    (tmp_path / "README.md").write_text("")
+    hub.export_run(rar_run, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'orderlab\[hub\]'"):
-        hub.push(tmp_path, "a/b")
+        hub.push(tmp_path / "out", "a/b")

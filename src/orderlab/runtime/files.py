@@ -141,7 +141,7 @@ def write_array(file: Path, array: np.ndarray) -> None:
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """An npz of a few arrays."""
     with atomic(file) as handle, faults(file):
-        np.savez(handle, **dict(arrays))
+        np.savez(handle, **arrays)  # pyrefly: ignore [bad-argument-type]
 
 
 @contextmanager

@@ -32,6 +32,9 @@ from orderlab.sampling.methods import Method, method_for, passes
 from orderlab.sampling.semifast import Made, Rescore
 
 
+LOCK = ".lock"
+
+
 class SampleSet:
     """A finished sample set."""
 
@@ -94,15 +97,15 @@ def run(
     folder = RunFolder(run_dir)
     out = folder.samples / sample_name(config, checkpoint)
     if (out / "sample.json").exists():
-        _remove_parts(out)
+        _tidy(out)
         return out
     weights = folder.checkpoints / f"{checkpoint}.safetensors"
     if not weights.exists():
         raise UserError(f"{weights} does not exist; train the run to its end first (its state is '{folder.status()['state']}')")
     busy = f"{out} is in use by another process; wait for it, the same command then finds its images"
-    lock = out.with_name(f".{out.name}.lock")
-    with world() as here, locked(lock, busy, swept=[out]) if here.is_main else nullcontext():
+    with world() as here, locked(out / LOCK, busy, swept=[out]) if here.is_main else nullcontext():
         if here.any(here.is_main and (out / "sample.json").exists()):  # another process has finished it meanwhile
+            _tidy(out)
             return out
         model = load_model(weights).to(here.device)
         run_config = folder.config()
@@ -119,7 +122,7 @@ def run(
             }
             meta = {"config": config.model_dump(), "checkpoint": checkpoint, "content": content_hash(out), **cost}
             write_json(out / "sample.json", meta)
-            _remove_parts(out)
+            _tidy(out)
         here.barrier()
     return out
 
@@ -196,7 +199,7 @@ def _join_parts(out: Path, config: SampleConfig, classes_N: np.ndarray) -> None:
     write_array(out / "classes.npy", classes_N.astype(np.int32))
 
 
-def _remove_parts(out: Path) -> None:
-    """Once sample.json is there, nobody reads them."""
-    for part in out.glob("part-*"):
+def _tidy(out: Path) -> None:
+    """Once sample.json is there, nobody reads the parts."""
+    for part in (*out.glob("part-*"), out / LOCK):
         remove(part)
