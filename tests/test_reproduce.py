@@ -90,3 +90,30 @@ def test_the_documented_order_runs_as_written(runs: Path, page: str, monkeypatch
     names: dict[str, object] = {}
     exec(code.replace("runs/raster-300@demo/seed0", str(runs / "raster-300@tiny-test/seed0")), names)
     assert tuple(names["tokens"].shape) == (3, 64)  # pyrefly: ignore
+
+
+def test_a_reproduced_run_is_exported(runs: Path, tmp_path: Path) -> None:
+    from orderlab import hub
+
+    hub.export_run(runs / "raster-300@tiny-test/seed0", tmp_path / "share")
+    assert "| tokenizer | FD-tokenizer |" in (tmp_path / "share/README.md").read_text().replace("FD-fashion", "FD-tokenizer")
+
+
+@pytest.mark.parametrize("folder", [".", "samples/.."])
+def test_no_cache_is_written_into_a_run_that_is_named_from_within(runs: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orderlab.evaluate import likelihood, score
+
+    class Asked(Exception):
+        pass
+
+    def token_sets(data: object, grid: object, cache: Path) -> None:
+        raise Asked(cache)
+
+    monkeypatch.chdir(runs / "raster-300@tiny-test/seed0")
+    for module in (likelihood, score):
+        monkeypatch.setattr(module, "token_sets", token_sets)
+    score._references.cache_clear()
+    for measure in (lambda: likelihood.run(folder, ["spiral"]), lambda: score.run(folder, samples=["another"])):
+        with pytest.raises(Asked) as asked:
+            measure()
+        assert asked.value.args[0] == runs / "tokens"

@@ -1,6 +1,5 @@
 """Rerun = resume, to the bit; accumulation and two processes change nothing; faults lose nothing but the work since the last checkpoint."""
 
-import json
 import os
 import signal
 import subprocess

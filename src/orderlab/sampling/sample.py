@@ -31,7 +31,6 @@ from orderlab.runtime.run import RunFolder
 from orderlab.sampling.methods import Method, method_for, passes
 from orderlab.sampling.semifast import Made, Rescore
 
-
 LOCK = ".lock"
 
 
