@@ -192,7 +192,7 @@ def test_tokenize(small_vq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token cache, training, samples, scores, likelihood: a kill at each write from the first score on, and at every fifth before."""
+    """Token cache, training, samples, scores, likelihood: a kill at each write once the samples are there, and at every tenth before."""
     data = catalog.FASHION.edited(train_images=20, validation_images=10)
     scale = dataclasses.replace(
         catalog.SCALES["smoke"], name="kill-test", data=data, unit_images=64, sample_images=10, sample_batch=5, optim=OptimConfig(lr=3e-3)
@@ -216,14 +216,14 @@ def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tokens = {str(file.relative_to(root)): file.read_bytes() for file in sorted((root / "tokens").rglob("*.npy"))}
         return trained(folder.root), scores, nll, sets, tokens, (root / "reports/kill-test-seed0/report.html").read_bytes()
 
-    monkeypatch.setattr(Disk, "keep", every_fifth(Disk.keep))
+    monkeypatch.setattr(Disk, "keep", every_tenth(Disk.keep))
     steps = survives(monkeypatch, tmp_path / "whole", command, records)
     assert steps > 50
 
 
-def every_fifth(keep: Callable[[Disk, Path, Any], None]) -> Callable[[Disk, Path, Any], None]:
+def every_tenth(keep: Callable[[Disk, Path, Any], None]) -> Callable[[Disk, Path, Any], None]:
     def kept(self: Disk, copy: Path, handle: Any) -> None:
-        if self.steps % 5 == 0 or next(self.root.rglob("sample.json"), None) is not None:
+        if self.steps % 10 == 0 or next(self.root.rglob("sample.json"), None) is not None:
             keep(self, copy, handle)
 
     return kept
