@@ -183,6 +183,21 @@ def test_a_file_system_without_locks_is_one_warning(
     files._without_lock.cache_clear()
 
 
+def test_without_hard_links_one_state_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    state, former = tmp_path / "state", tmp_path / "state-previous"
+    state.write_text("whole")
+    for _ in range(2):  # also where both are names of one file already
+        assert files.second_name(state, former)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "state-previous"]
+    former.unlink()
+    monkeypatch.setattr(os, "link", refuse)
+    assert not files.second_name(state, former)
+    assert tree(tmp_path) == {"state": b"whole"}
+
+
 def test_only_a_lock_that_is_held_means_busy(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with (

@@ -8,6 +8,7 @@ what a killed process left of them is removed by the next one that holds the loc
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import logging
 import os
@@ -393,11 +394,10 @@ def _acquire(file: Path, busy: str, waits: bool) -> Any:
     return lock
 
 
-def _file_lock(file: Path) -> FileLock:
-    try:
-        return FileLock(file, fallback_to_soft=False)
-    except TypeError:  # releases that have no such argument
-        return FileLock(file)
+def _file_lock(file: Path) -> Any:
+    """A lock of the operating system: a file that stands for one would outlive a killed process. Older releases know no other kind."""
+    has_other_kind = "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
+    return FileLock(file, **({"fallback_to_soft": False} if has_other_kind else {}))
 
 
 def _can_lock(folder: Path) -> bool:
