@@ -397,7 +397,7 @@ def _acquire(file: Path, busy: str, waits: bool) -> Any:
 def _file_lock(file: Path) -> Any:
     """A lock of the operating system: a file that stands for one would outlive a killed process. Older releases know no other kind."""
     has_other_kind = "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
-    return FileLock(file, **({"fallback_to_soft": False} if has_other_kind else {}))
+    return FileLock(file, fallback_to_soft=False) if has_other_kind else FileLock(file)
 
 
 def _can_lock(folder: Path) -> bool:
