@@ -1,13 +1,15 @@
 """Weights both ways through LlamaGen's format, to the bit; a run's folder and its card."""
 
 import json
+import shutil
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from orderlab import cli, hub
 from orderlab.config import GPTConfig, RunConfig
@@ -119,7 +121,82 @@ def test_mistakes_are_one_line(rar_run: Path, tmp_path: Path, monkeypatch: pytes
         hub.import_weights(tmp_path / "a.pt", tmp_path / "b.pt")
     with pytest.raises(UserError, match="orderlab hub export RUN"):
         hub.push(tmp_path, "a/b")
-    (tmp_path / "README.md").write_text("")
+    hub.export_run(rar_run, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'orderlab\[hub\]'"):
+        hub.push(tmp_path / "out", "a/b")
+
+
+def test_import_never_writes_what_it_reads_nor_what_is_not_ours(rar_run: Path, tmp_path: Path) -> None:
+    ours = tmp_path / "model.safetensors"
+    shutil.copy(rar_run / "checkpoints/final.safetensors", ours)
+    save_file(load_file(ours), tmp_path / "theirs.safetensors")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for arguments in ([ours], [ours, ours], [ours, tmp_path / "theirs.safetensors"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["hub", "import", *map(str, arguments)])
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    for _ in range(2):  # what an import made may be made again
+        hub.import_weights(tmp_path / "theirs.safetensors", tmp_path / "out.safetensors", heads=2, grid=(4, 4))
+
+
+def test_an_export_replaces_only_an_export_that_nobody_changed(rar_run: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        hub.export_run(rar_run, tmp_path / "out")
+    hub.export_run(rar_run, tmp_path / "out", "llamagen")  # whole: the other format's file is gone
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.pt", "config.json", "metrics.json", "README.md", hub.LIST}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"holds README\.md, which is no part of an? export that this command made"):
+        hub.export_run(rar_run, tmp_path / "mine")
+    (tmp_path / "out/README.md").write_text("a better card")
+    with pytest.raises(UserError, match=r"README\.md was changed since it was exported"):
+        hub.export_run(rar_run, tmp_path / "out")
+    assert (tmp_path / "mine/README.md").read_text() == "mine"
+    assert (tmp_path / "out/README.md").read_text() == "a better card"
+    with pytest.raises(UserError, match="holds"):
+        hub.export_run(rar_run, rar_run)
+
+
+def test_a_scored_run_is_exported_whole_or_not_at_all(rar_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`reproduce` scores the tokenizer beside the sample sets, as a list."""
+    record = {"metric": "FD-fashion", "value": 2.5, "standard_error": None, "n": 5000, "reference": "validation images"}
+    (rar_run / "scores.json").write_text(json.dumps({"tokenizer": [record], "raster-g2": {"records": [record]}}))
+    hub.export_run(rar_run, tmp_path / "out")
+    assert "| tokenizer | FD-fashion | 2.5 | 5000 | validation images |" in (tmp_path / "out/README.md").read_text()
+
+    def fail(*arguments: object) -> str:
+        raise UserError("no card")
+
+    monkeypatch.setattr(hub, "model_card", fail)
+    for name in ("out", "new"):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match="no card"):
+            hub.export_run(rar_run, tmp_path / name)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (rar_run / "scores.json").unlink()
+
+
+def test_push_uploads_what_an_export_made_and_nothing_else(rar_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.export_run(rar_run, tmp_path / "out")
+    uploads: list[dict[str, object]] = []
+
+    class Api:
+        def create_repo(self, repository: str, **options: object) -> None:
+            pass
+
+        def upload_folder(self, **options: object) -> str:
+            uploads.append(options)
+            return "address"
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=Api))
+    (tmp_path / "out/secret.txt").write_text("mine")
+    assert hub.push(tmp_path / "out", "a/b") == "address"
+    assert uploads[0]["allow_patterns"] == ["README.md", "config.json", "metrics.json", "model.safetensors"]
+    (tmp_path / "README.md").write_text("any folder")
+    with pytest.raises(UserError, match="is no exported model"):
         hub.push(tmp_path, "a/b")
+    (tmp_path / "out" / hub.LIST).write_text('{"files": {"../README.md": "0", "model.pt": "0"}}')
+    with pytest.raises(UserError, match=r"model\.pt is missing"):
+        hub.push(tmp_path / "out", "a/b")
+    assert len(uploads) == 1

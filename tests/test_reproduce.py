@@ -93,3 +93,31 @@ def test_dry_run_says_what_it_would_cost() -> None:
     costs = reproduce.dry_run(catalog.rows_named(["2-in100"]), "demo", 0)
     assert costs["runs"]["raster-300"]["images"] == 48_000
     assert json.dumps(costs)
+
+
+def test_a_reproduced_run_is_exported(runs: Path, tmp_path: Path) -> None:
+    from orderlab import hub
+
+    hub.export_run(runs / "raster-300@tiny-test/seed0", tmp_path / "share")
+    assert "| tokenizer | " in (tmp_path / "share/README.md").read_text()
+    assert "tokenizer" in json.loads((tmp_path / "share/metrics.json").read_text())["scores"]
+
+
+@pytest.mark.parametrize("folder", [".", "samples/.."])
+def test_no_cache_is_written_into_a_run_that_is_named_from_within(runs: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orderlab.evaluate import likelihood, score
+
+    class Asked(Exception):
+        pass
+
+    def token_sets(data: object, grid: object, cache: Path) -> None:
+        raise Asked(cache)
+
+    monkeypatch.chdir(runs / "raster-300@tiny-test/seed0")
+    for module in (likelihood, score):
+        monkeypatch.setattr(module, "token_sets", token_sets)
+    score._references.cache_clear()
+    for measure in (lambda: likelihood.run(folder, ["spiral"]), lambda: score.run(folder, samples=["another"])):
+        with pytest.raises(Asked) as asked:
+            measure()
+        assert asked.value.args[0] == runs / "tokens"

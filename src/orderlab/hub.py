@@ -6,6 +6,7 @@ than raster: an export says what it leaves out.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from orderlab.models.formats import load_gpt, merge_target, read_weights, save_g
 from orderlab.models.gpt import GPT
 from orderlab.models.weights import split_part
 from orderlab.order.paths import path
-from orderlab.runtime.files import read_json, write_atomically, write_json
+from orderlab.runtime.files import FolderKind, check_replaceable, read_json, replaced_folder, write_atomically, write_json
 from orderlab.runtime.run import RunFolder
 
 FORMATS = ("safetensors", "llamagen")
+LIST = "orderlab-export.json"  # what an export made, each file with its SHA-256; `push` uploads these and no other
+EXPORT = FolderKind("export", (LIST, "model.safetensors", "model.pt", "config.json", "metrics.json", "README.md"), LIST, ("files",))
 TARGET = "ta_embedding.weight"
 
 
@@ -41,6 +44,7 @@ def import_weights(
     out = out or source.with_name(f"{source.stem}{f'-{part}' if part else ''}.safetensors")
     if out.suffix != ".safetensors":
         raise UserError(f"{out} has suffix '{out.suffix}'; expected a .safetensors file to write")
+    check_replaceable(out, file)
     weights = read_weights(file)
     model = load_gpt(file, heads=heads, grid=grid, classes=classes)
     save_gpt(model, out, state=weights.tensors, header={"source": file.name})
@@ -66,14 +70,17 @@ def export_run(
 ) -> Exported:
     """A run as a folder to share: weights, config.json, metrics.json and README.md, the model card.
 
-    `merge_order` merges the target table for one order (safetensors only). Raises `UserError` for an unknown format, a run
-    without that checkpoint, or what LlamaGen's format cannot hold.
+    `merge_order` merges the target table for one order (safetensors only). The folder appears whole; an export that was there is
+    replaced where nobody has changed it. Raises `UserError` for an unknown format, a run without that checkpoint, what LlamaGen's
+    format cannot hold, and any other folder in the place of `out`.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     if merge_order is not None and format == "llamagen":
         raise UserError("--merge-target gives each slot a bias, and LlamaGen's format has no place for it; use --format safetensors")
     folder = RunFolder(run_dir)
+    check_replaceable(out, kind=EXPORT)
+    _check_unchanged(out)
     config, weights = folder.config(), folder.checkpoints / f"{checkpoint}.safetensors"
     if not weights.exists():
         raise UserError(f"{weights} does not exist; train the run to its end first (its state is '{folder.status()['state']}')")
@@ -83,14 +90,39 @@ def export_run(
         notes.append(f"the target table is merged for {merge_order}: other orders are lost")
     name = "model.safetensors" if format == "safetensors" else "model.pt"
     metrics = {kind: read_json(file) for kind in ("scores", "nll") if (file := folder.root / f"{kind}.json").exists()}
-    if format == "safetensors":
-        save_gpt(model, out / name, header={"run": config.model_dump_json(), "metrics": json.dumps(metrics)})
-    else:
-        notes += _save_llamagen(model, out / name)
-    write_json(out / "config.json", {"model": model.config.model_dump(mode="json"), "run": config.model_dump(mode="json")})
-    write_json(out / "metrics.json", metrics)
-    write_atomically(out / "README.md", model_card(config, model, metrics, name, checkpoint, notes))
-    return Exported([out / part for part in (name, "config.json", "metrics.json", "README.md")], notes)
+    with replaced_folder(out, EXPORT) as fresh:
+        if format == "safetensors":
+            save_gpt(model, fresh / name, header={"run": config.model_dump_json(), "metrics": json.dumps(metrics)})
+        else:
+            notes += _save_llamagen(model, fresh / name)
+        write_json(fresh / "config.json", {"model": model.config.model_dump(mode="json"), "run": config.model_dump(mode="json")})
+        write_json(fresh / "metrics.json", metrics)
+        write_atomically(fresh / "README.md", model_card(config, model, metrics, name, checkpoint, notes))
+        made = [name, "config.json", "metrics.json", "README.md"]
+        write_json(fresh / LIST, {"files": {part: _sha256(fresh / part) for part in made}})
+    return Exported([out / part for part in made], notes)
+
+
+def _exported(folder: Path) -> dict[str, str]:
+    """The files of an export with their SHA-256; none where the folder is no export."""
+    found = read_json(folder / LIST) if (folder / LIST).is_file() else {}
+    files = found.get("files") if isinstance(found, dict) else None
+    return {name: digest for name, digest in files.items() if name in EXPORT.files} if isinstance(files, dict) else {}
+
+
+def _check_unchanged(folder: Path) -> None:
+    """Refuse to replace what somebody has written into an export since."""
+    for name, digest in _exported(folder).items():
+        if (folder / name).is_file() and _sha256(folder / name) != digest:
+            raise UserError(f"{folder / name} was changed since it was exported; move it away, or export to another folder")
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        digest = hashlib.sha256()
+        while piece := handle.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _save_llamagen(model: GPT, file: Path) -> list[str]:
@@ -147,7 +179,7 @@ def _rows_of(config: RunConfig, metrics: dict[str, Any]) -> list[str]:
         lines.append(f"| {TABLES.get(row.table, row.table)}: {row.label} | {row.order} | {row.sampler} | {printed} |")
     lines += ["", "## Measured on this model", "", "| samples | metric | value | N | reference |", "|---|---|---:|---:|---|"]
     for name, scored in metrics.get("scores", {}).items():
-        for record in scored.get("records", []):
+        for record in scored if isinstance(scored, list) else scored.get("records", []):  # the tokenizer's own is a list
             error = f" ± {record['standard_error']:.3g}" if record.get("standard_error") is not None else ""
             cells = [
                 name,
@@ -163,9 +195,11 @@ def _rows_of(config: RunConfig, metrics: dict[str, Any]) -> list[str]:
 
 
 def push(folder: Path, repository: str, is_private: bool = False) -> str:
-    """Upload an exported folder to the Hugging Face Hub; returns its address. Needs the extra `[hub]` and a login."""
-    if not (folder / "README.md").is_file():
-        raise UserError(f"{folder} is no exported model: README.md is missing; make one: orderlab hub export RUN {folder}")
+    """Upload what `export_run` made, and nothing else of the folder, to the Hugging Face Hub; returns its address. Needs the extra `[hub]` and a login."""
+    files = sorted(_exported(folder))
+    missing = [name for name in files if not (folder / name).is_file()]
+    if not files or missing:
+        raise UserError(f"{folder} is no exported model: {(missing or [LIST])[0]} is missing; make one: orderlab hub export RUN OUT")
     try:
         from huggingface_hub import HfApi  # pyrefly: ignore [missing-import]
     except ImportError:
@@ -173,7 +207,7 @@ def push(folder: Path, repository: str, is_private: bool = False) -> str:
     try:
         api = HfApi()
         api.create_repo(repository, private=is_private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=str(folder)))
+        return str(api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=files))
     except Exception as error:  # the client's many kinds of refusal: no login, no such name, no network
         raise UserError(
             f"the Hub refused {repository} ({str(error).strip().splitlines()[0][:160]}); log in with `hf auth login` and try again"

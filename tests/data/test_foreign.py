@@ -158,3 +158,36 @@ def test_stored_items_are_decoded_to_a_picture(image_tree: Path, small_vq: Path,
         picture(TokenSet(tmp_path / "tokens"), tmp_path / "p.png", 3, "fashion-8x8")
     with pytest.raises(UserError, match="unknown tokenizer"):
         picture(token_set, tmp_path / "p.png", 3)  # meta.json holds the file's name, not its place
+
+
+def rar_file(file: Path) -> Path:
+    file.write_text(
+        "".join(json.dumps({"class_id": int(label), "tokens": codes[0].tolist()}) + "\n" for label, codes in zip(LABELS, CODES))
+    )
+    return file
+
+
+def test_nothing_but_an_imported_set_is_replaced(tmp_path: Path) -> None:
+    """OUT without its last part, OUT equal to SRC, around or in it; sets that hold more than an import makes."""
+    source = rar_file(tmp_path / "rar.jsonl")
+    for split in ("train", "validation"):
+        import_tokens(source, tmp_path / "tk/in100" / split, META)
+    import_tokens(source, tmp_path / "tk/in100/train", META)  # ours: made again
+    llamagen(tmp_path / "codes", 0)
+    import_tokens(source, tmp_path / "tokenized", META)
+    (tmp_path / "tokenized/tokenize.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for given, out, message in [
+        (source, "tk/in100", "holds train, which is no part of a token set"),
+        (source, "tk", "holds in100"),
+        (source, "tokenized", r"holds tokenize\.json"),
+        (source, ".", "they are one, or one lies in the other"),
+        (source, "rar.jsonl", "they are one"),
+        (tmp_path / "codes", "codes", "they are one"),
+        (tmp_path / "codes", "codes/imagenet256_codes", "one lies in the other"),
+        (tmp_path / "codes", "codes/new", "one lies in the other"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            import_tokens(given, tmp_path / out, META)
+        assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -50,13 +50,13 @@ import os, signal, sys, torch
 from orderlab.data import tokenize
 torch.set_num_threads(1)
 config, after, how = tokenize.TokenizeConfig.model_validate_json(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-count, write = [0], tokenize._write
+count, write = [0], tokenize.write_rows
 def counted(*arguments):
     count[0] += 1
     write(*arguments)
     if count[0] == after:
         os.kill(os.getpid(), getattr(signal, how))
-tokenize._write = counted
+tokenize.write_rows = counted
 tokenize.run(config)
 """
 
@@ -263,3 +263,40 @@ def test_unfit_sources_are_one_line(image_tree: Path, tmp_path: Path, fault: str
     with pytest.raises(UserError, match=expected.get(fault, "cannot be read .* expected a plain tar file")) as error:
         list_images(tree)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_not_free_is_refused_before_any_work(
+    whole: Path, image_tree: Path, small_vq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own name; a set of other settings, a folder of somebody's, the images themselves, the current folder."""
+
+    def work(*arguments: Any) -> None:
+        raise AssertionError("the images were listed")
+
+    monkeypatch.setattr("orderlab.data.tokenize.list_images", work)
+    for name in ("full", "begun.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    for out, message in [
+        (tmp_path / "full", rf"{tmp_path}/full holds notes\.txt, which is no part of a token set"),
+        (tmp_path / "begun", rf"{tmp_path}/begun\.part holds notes\.txt"),
+        (tmp_path / "full/notes.txt", "is a file; expected a folder"),
+        (image_tree / "train", "they are one"),
+        (image_tree / "train/tokens", "one lies in the other"),
+        (image_tree, "one lies in the other"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(config(image_tree, small_vq, out))
+    monkeypatch.chdir(tmp_path / "full")
+    with pytest.raises(UserError, match="is the current folder"):
+        run(config(image_tree, small_vq, Path()))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["begun.part", "full", "notes.txt", "notes.txt"]
+
+
+def test_a_work_that_was_finished_but_not_named_keeps_its_settings(image_tree: Path, small_vq: Path, whole: Path, tmp_path: Path) -> None:
+    """A kill while the last files of the work were tidied away: other settings must not take its tokens for theirs."""
+    shutil.copytree(whole, tmp_path / "train.part")
+    with pytest.raises(UserError, match=r"other settings \(size: found 64, asked 32\)"):
+        run(config(image_tree, small_vq, tmp_path / "train", size=32))
+    assert run(config(image_tree, small_vq, tmp_path / "train"))["encoded_now"] == 0
+    assert contents(tmp_path / "train") == contents(whole)

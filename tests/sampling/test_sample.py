@@ -1,6 +1,7 @@
 """Sample sets: the same images whatever the batch, the kill or the number of processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,55 @@ def test_a_killed_set_goes_on_with_another_batch_size(run_dir: Path) -> None:
     assert (finished.tokens_NP[:10] == begun).mean() > 0.99  # another batch size may round a draw the other way
     assert len(finished.tokens_NP) == 23
     assert sorted(p.name for p in out.iterdir()) == ["classes.npy", "sample.json", "tokens.npy"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "longer"])
+def test_a_damaged_part_is_sampled_again(run_dir: Path, damage: str) -> None:
+    config = CONFIG.edited(seed=5)
+    base = sample.SampleSet(sample.run(config, run_dir)).tokens_NP
+    out = run_dir / "samples" / sample.sample_name(config)
+    shutil.rmtree(out)
+
+    def stop(done: int, total: int) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample.run(config, run_dir, progress=stop)
+    part = out / "part-000010-000020.npz"
+    content = part.read_bytes()
+    place = content.index(b"NUMPY") + 200
+    flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    np.savez(out / "longer.npz", tokens=np.zeros((11, 16), np.uint16))
+    part.write_bytes({"empty": b"", "cut": content[:-30], "flipped": flipped, "longer": (out / "longer.npz").read_bytes()}[damage])
+    (out / "longer.npz").unlink()
+    np.testing.assert_array_equal(sample.SampleSet(sample.run(config, run_dir)).tokens_NP, base)
+    assert sorted(p.name for p in out.iterdir()) == ["classes.npy", "sample.json", "tokens.npy"]
+
+
+def test_parts_that_a_kill_left_beside_the_record_are_tidied_away(run_dir: Path) -> None:
+    out = sample.run(CONFIG, run_dir)
+    before = (out / "sample.json").stat().st_mtime_ns
+    for name in ("part-000000-000010.npz", ".lock"):
+        (out / name).write_bytes(b"")
+    sample.run(CONFIG, run_dir)
+    assert sorted(p.name for p in out.iterdir()) == ["classes.npy", "sample.json", "tokens.npy"]
+    assert (out / "sample.json").stat().st_mtime_ns == before
+
+
+def test_two_samplers_of_one_set_are_one_line(run_dir: Path) -> None:
+    """The second is told while the first works; when it comes just after, it finds the images."""
+    config = CONFIG.edited(seed=6)
+    said = []
+
+    def second(done: int, total: int) -> None:
+        with pytest.raises(UserError, match="in use by another process; wait for it, the same command then finds its images"):
+            sample.run(config, run_dir)
+        said.append(done)
+
+    out = sample.run(config, run_dir, progress=second)
+    assert len(said) == 3
+    assert sample.run(config, run_dir) == out
 
 
 def test_iid_labels_are_a_function_of_the_seed() -> None:

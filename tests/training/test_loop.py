@@ -1,6 +1,5 @@
 """Rerun = resume, to the bit; accumulation and two processes change nothing; faults lose nothing but the work since the last checkpoint."""
 
-import json
 import os
 import signal
 import subprocess
@@ -252,7 +251,7 @@ def test_exports_load_and_carry_the_config(tiny_run: RunConfig, tmp_path: Path) 
     assert raw.config == tiny_run.model
     assert not torch.equal(raw.norm.weight, ema.norm.weight)
     assert RunFolder(folder).config() == tiny_run.edited(images=160)
-    assert json.loads((folder / "env.json").read_text())["torch"] == torch.__version__
+    assert RunFolder(folder).starts()[-1]["torch"] == torch.__version__
 
 
 def rar(config: RunConfig, **changes: Any) -> RunConfig:

@@ -26,7 +26,7 @@ from orderlab.errors import UserError
 from orderlab.evaluate.frechet import MomentAccumulator, frechet_distance, frechet_standard_error, moments, one_blas_thread
 from orderlab.evaluate.kernels import mmd
 from orderlab.evaluate.neighbours import precision_recall
-from orderlab.runtime.files import write_json
+from orderlab.runtime.files import check_replaceable, write_array, write_result
 from orderlab.runtime.run import device_name
 
 STREAM_BATCH = 500
@@ -65,10 +65,12 @@ def run(
     """Seconds and peak memory of each metric; returns and writes them."""
     if samples <= width or width < 2 or repeats < 1:
         raise UserError(f"{samples} samples of width {width}, {repeats} repeats; expected more samples than features, and a repeat")
+    if out is not None:
+        check_replaceable(out)
     with one_blas_thread():
         result = _measure(samples, width, repeats, stream, has_scipy)
     if out is not None:
-        write_json(out, result)
+        write_result(out, result)
     if not quiet:
         print("\n".join(lines(result)))
     return result
@@ -133,7 +135,7 @@ def _sqrtm(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / name) for name in ("a.npy", "b.npy")]
         for file, matrix in zip(files, (a, b)):
-            np.save(file, matrix)
+            write_array(Path(file), matrix)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         done = subprocess.run([sys.executable, "-c", SQRTM, *files], env={**os.environ, **threads}, capture_output=True, text=True)
     if done.returncode:

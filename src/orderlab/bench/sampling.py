@@ -26,7 +26,7 @@ from orderlab.models.gpt import GPT, PRESETS
 from orderlab.models.masked import MaskedModel
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
-from orderlab.runtime.files import write_json
+from orderlab.runtime.files import check_replaceable, write_result
 from orderlab.runtime.keys import generator
 from orderlab.runtime.run import device_name
 from orderlab.sampling.draw import draw_tokens, guide
@@ -54,6 +54,8 @@ def run(
 ) -> dict[str, Any]:
     """Time every (precision, batch); returns and writes the figures, milliseconds throughout."""
     _check(model_name, precisions, slot)
+    if out is not None:
+        check_replaceable(out)
     config = PRESETS[model_name]
     bandwidth = measure_bandwidth()
     result: dict[str, Any] = {
@@ -79,7 +81,7 @@ def run(
             if not quiet:
                 print(_line(entry), flush=True)
     if out is not None:
-        write_json(out, result)
+        write_result(out, result)
     return result
 
 

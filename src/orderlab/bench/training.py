@@ -27,7 +27,7 @@ from orderlab.models.gpt import PRESETS
 from orderlab.order.masks import draw_masks
 from orderlab.order.policy import draw_orders
 from orderlab.runtime.dist import World, autocast
-from orderlab.runtime.files import write_json
+from orderlab.runtime.files import check_replaceable, write_result
 from orderlab.runtime.keys import generator
 from orderlab.runtime.run import device_name
 from orderlab.training.ahead import Batches
@@ -55,6 +55,8 @@ def run(
         raise UserError(f"unknown precision '{precision}'; expected fp32 or bf16")
     if min(batch, orders, repeats) < 1:
         raise UserError(f"batch {batch}, orders {orders}, repeats {repeats}: expected 1 or more of each")
+    if out is not None:
+        check_replaceable(out)
     with tempfile.TemporaryDirectory() as folder:
         steps = {
             kind: Step(training_config(recipe, model_name, batch, precision, Path(folder)), Path(folder)) for kind, recipe in KINDS.items()
@@ -75,7 +77,7 @@ def run(
         "steps": _figures(rounds, _drawing_seconds(model, orders), batch / orders),
     }
     if out is not None:
-        write_json(out, result)
+        write_result(out, result)
     if not quiet:
         print(_text(result))
     return result

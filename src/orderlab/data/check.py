@@ -8,6 +8,7 @@ A token set that came out wrong trains without a complaint and generates noise, 
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from orderlab.data.prepare import decode, tokenizer
 from orderlab.data.tokens import TokenSet
 from orderlab.errors import UserError
 from orderlab.models.vq import tokenizer_hash
+from orderlab.runtime.files import check_replaceable, write_output
 
 CHUNK = 65536  # images at a time
 
@@ -80,6 +82,7 @@ def picture(token_set: TokenSet, file: Path, items: int, tokenizer_file: str | N
         )
     if file.suffix.lower() != ".png" or items < 1:
         raise UserError(f"--picture {file} of --items {items}: expected a .png file and one item or more")
+    check_replaceable(file)
     images = np.linspace(0, len(token_set) - 1, min(items, len(token_set))).round().astype(int)
     tokens_NXP = np.asarray(token_set.tokens[images])
     decoded = decode(vq, tokens_NXP.reshape(-1, tokens_NXP.shape[-1]), token_set.meta.grid, batch=8)
@@ -87,5 +90,7 @@ def picture(token_set: TokenSet, file: Path, items: int, tokenizer_file: str | N
     missing = -len(decoded) % columns
     padded = np.concatenate([decoded, np.zeros((missing, *decoded.shape[1:]), np.uint8)])
     rows = [np.concatenate(list(padded[start : start + columns]), axis=1) for start in range(0, len(padded), columns)]
-    Image.fromarray(np.concatenate(rows)).save(file)
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(rows)).save(buffer, format="PNG")
+    write_output(file, buffer.getvalue())
     return images.tolist()

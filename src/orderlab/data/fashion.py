@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from orderlab.errors import UserError
+from orderlab.runtime.files import write_output
 
 Split = Literal["train", "validation"]
 
@@ -43,14 +44,13 @@ def write_subset(source_folder: Path, target_folder: Path) -> list[Path]:
 
     The gzip headers carry no time and no name, so the same zlib writes the same bytes on every run.
     """
-    target_folder.mkdir(parents=True, exist_ok=True)
     written = []
     for split, per_class in SUBSET_PER_CLASS.items():
         images, labels = _read_split(split, Path(source_folder))
         rows = first_of_each_class(labels, per_class)
         for array, suffix in ((images[rows], "images-idx3-ubyte"), (labels[rows], "labels-idx1-ubyte")):
             path = target_folder / f"{_STEMS[split]}-{suffix}.gz"
-            path.write_bytes(gzip.compress(encode_idx(array), compresslevel=9, mtime=0))
+            write_output(path, gzip.compress(encode_idx(array), compresslevel=9, mtime=0))
             written.append(path)
     return written
 

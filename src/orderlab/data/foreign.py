@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
 
 from orderlab.data.imagenet import MOST_CLASSES, ClassNames, class_numbers, names_of, stored_names
 from orderlab.data.npz import read_array
 from orderlab.data.sources import is_hidden
-from orderlab.data.tokens import TokenMeta, TokenSet, replace_folder
+from orderlab.data.tokens import TOKEN_SET, TokenMeta, TokenSet
 from orderlab.errors import UserError, reading
 from orderlab.frozen import MOST_SIDE
-from orderlab.runtime.files import write_json
+from orderlab.runtime.files import array_rows, check_replaceable, replaced_folder, write_array, write_json
 
 ADVICE = "expected an array of codes"
 MOST_PROCESSES = 1024  # that can have padded a LlamaGen folder
@@ -184,23 +183,24 @@ def import_tokens(path: Path, out: Path, meta: TokenMeta) -> TokenSet:
     Raises `UserError` for codes outside the vocabulary, images with different numbers of views, an empty or cut source.
     """
     source = open_source(path, meta.grid[0] * meta.grid[1])
+    check_replaceable(out, path, kind=TOKEN_SET)
     count = source.count()
     first = next(source.items(), None)
     if first is None or count == 0:
         raise UserError(f"{path} holds no tokens")
     views = len(first[1])
-    with replace_folder(out) as folder:
-        tokens_NXP = open_memmap(folder / "tokens.npy", mode="w+", dtype=np.uint16, shape=(count, views, source.positions))
+    with replaced_folder(out, TOKEN_SET, path) as folder:
         labels_N = np.zeros(count, dtype=np.int32)
-        for image, (label, codes_XP) in enumerate(islice(source.items(), count)):
-            if len(codes_XP) != views or codes_XP.max() >= meta.vocabulary or not 0 <= label < MOST_CLASSES:
-                raise UserError(
-                    f"{path}, image {image}: {len(codes_XP)} views, highest code {codes_XP.max()}, label {label}; "
-                    f"expected {views} views as the first has, codes below {meta.vocabulary} (--vocabulary), a label from 0 to {MOST_CLASSES - 1}"
-                )
-            tokens_NXP[image], labels_N[image] = codes_XP, label
-        tokens_NXP.flush()
-        np.save(folder / "labels.npy", labels_N)
+        with array_rows(folder / "tokens.npy", (count, views, source.positions), np.uint16) as add:
+            for image, (label, codes_XP) in enumerate(islice(source.items(), count)):
+                if len(codes_XP) != views or codes_XP.max() >= meta.vocabulary or not 0 <= label < MOST_CLASSES:
+                    raise UserError(
+                        f"{path}, image {image}: {len(codes_XP)} views, highest code {codes_XP.max()}, label {label}; "
+                        f"expected {views} views as the first has, codes below {meta.vocabulary} (--vocabulary), a label from 0 to {MOST_CLASSES - 1}"
+                    )
+                add(codes_XP)
+                labels_N[image] = label
+        write_array(folder / "labels.npy", labels_N)
         padded = f", {source.padded} padded copies left out" if isinstance(source, LlamaGen) and source.padded else ""
         classes = max(meta.classes, int(labels_N.max()) + 1)
         changes = {

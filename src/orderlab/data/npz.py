@@ -10,10 +10,9 @@ N images · H, W pixels
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -21,6 +20,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from orderlab.errors import UserError, reading
+from orderlab.runtime.files import atomic, check_replaceable, faults, sweep
 
 NOTE = "orderlab"
 
@@ -171,27 +171,29 @@ def _header(handle: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 class NpzWriter:
-    """An npz written member by member and batch by batch; the file appears whole under its name, or not at all."""
+    """An npz written member by member and batch by batch; the file appears whole under its name, or not at all.
+
+    Raises `UserError` for a file that orderlab did not make, known by its note.
+    """
 
     def __init__(self, file: str | Path):
         self.file = Path(file)
-        self._temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.part")
 
     def __enter__(self) -> NpzWriter:
-        with self._faults():
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._zip = zipfile.ZipFile(self._temporary, "w", zipfile.ZIP_STORED, allowZip64=True)
+        check_replaceable(self.file)
+        sweep(self.file, is_held=False)
+        self._stack = ExitStack()
+        handle = self._stack.enter_context(atomic(self.file))
+        self._zip = zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._stack.push(self._close)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            with self._faults():
-                self._zip.close()
-                if kind is None:
-                    os.replace(self._temporary, self.file)
-        finally:
-            with suppress(OSError):
-                self._temporary.unlink(missing_ok=True)
+        self._stack.__exit__(kind, error, trace)
+
+    def _close(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with suppress(Exception) if error is not None else faults(self.file):
+            self._zip.close()
 
     def array(self, name: str, array: np.ndarray) -> None:
         """Add a whole array."""
@@ -206,7 +208,7 @@ class NpzWriter:
     def rows(self, name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> Iterator[Any]:
         """Yields `add(batch)`; the batches together must have `shape`."""
         written = 0
-        with self._faults():
+        with faults(self.file):
             handle = self._zip.open(f"{name}.npy", "w", force_zip64=True)
             header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
             np.lib.format.write_array_header_1_0(handle, header)
@@ -217,21 +219,14 @@ class NpzWriter:
                 raise UserError(
                     f"{self.file}: a batch of {batch.dtype} {list(batch.shape)} does not fit {name}, {np.dtype(dtype)} {list(shape)}"
                 )
-            with self._faults():
+            with faults(self.file):
                 handle.write(np.ascontiguousarray(batch).tobytes())
             written += len(batch)
 
         try:
             yield add
         finally:
-            with self._faults():
+            with faults(self.file):
                 handle.close()
         if written != shape[0]:
             raise UserError(f"{self.file}: {written} rows were written to {name} where {shape[0]} were announced")
-
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot write {self.file} ({error.strerror or error}); free some space or pick another folder") from None

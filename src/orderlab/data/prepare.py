@@ -23,6 +23,7 @@ from orderlab.data.tokens import TokenMeta, TokenSet, write_token_set
 from orderlab.errors import UserError
 from orderlab.models.vq import VQ, load_vq, tokenizer_hash
 from orderlab.models.weights import split_part
+from orderlab.runtime.files import locked
 
 ENCODE_BATCH = 125  # with channels last, the fastest here: 1.5 times the plain layout at 500
 HASH_DIGITS = 16  # of a hash that is known; tokens from elsewhere may say "unknown"
@@ -51,8 +52,10 @@ def token_sets(data: DataConfig, grid: tuple[int, int], cache: Path) -> tuple[To
         sets = tuple(_imagenet_set(Path(data.folder) / split, data) for split in SPLITS)
     else:
         folder = cache / _cache_name(data)
-        if not all((folder / split / "meta.json").exists() for split in SPLITS):
-            _encode_fashion(data, folder)
+        if not _is_there(folder):
+            with locked(cache / f".{folder.name}.lock", waits=True, swept=[folder]):  # many first runs may come at once
+                if not _is_there(folder):
+                    _encode_fashion(data, folder)
         sets = tuple(TokenSet(folder / split) for split in SPLITS)
     for token_set in sets:
         if token_set.meta.grid != grid:
@@ -61,6 +64,10 @@ def token_sets(data: DataConfig, grid: tuple[int, int], cache: Path) -> tuple[To
     if None not in (names := [token_set.class_names for token_set in sets]) and names[0] != names[1]:
         raise UserError(f"{sets[0].folder} and {sets[1].folder} number their classes differently; tokenize both with the same --classes")
     return sets[0], sets[1]
+
+
+def _is_there(folder: Path) -> bool:
+    return all((folder / split / "meta.json").exists() for split in SPLITS)
 
 
 def _imagenet_set(folder: Path, data: DataConfig) -> TokenSet:

@@ -8,21 +8,16 @@ same time; one computes, the others wait for it.
 
 from __future__ import annotations
 
-import fcntl
-import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from orderlab.data.npz import read_array
 from orderlab.errors import UserError
-from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.files import empty_array, locked, read_json, remove, rename, write_json, write_rows
 
-log = logging.getLogger("orderlab")
 Rows = Callable[[int, int], np.ndarray]
 
 
@@ -32,49 +27,36 @@ def computed_once(file: Path, shape: tuple[int, ...], dtype: type, rows: Rows, p
     The file's name must hold all that decides the content. Raises `UserError` for a damaged file.
     """
     if not file.exists():
-        with _waiting(file):
+        with locked(file.with_suffix(".lock"), waits=True):
             if not file.exists():
                 _compute(file, shape, dtype, rows, part)
-    return _opened(file, shape, dtype, "r")
+    return _opened(file, shape, dtype)
 
 
 def _compute(file: Path, shape: tuple[int, ...], dtype: type, rows: Rows, part: int) -> None:
     unfinished, progress = file.with_suffix(".part.npy"), file.with_suffix(".part.json")
-    array, done = _begun(unfinished, progress, shape, dtype)
-    for start in range(done, shape[0], part):
+    for start in range(_begun(unfinished, progress, shape, dtype), shape[0], part):
         stop = min(start + part, shape[0])
-        array[start:stop] = rows(start, stop)
-        array.flush()
+        write_rows(unfinished, start, rows(start, stop).astype(dtype, copy=False))
         write_json(progress, stop)
-    del array
-    os.replace(unfinished, file)
-    progress.unlink(missing_ok=True)
+    rename(unfinished, file)
+    remove(progress)
 
 
-def _begun(unfinished: Path, progress: Path, shape: tuple[int, ...], dtype: type) -> tuple[np.memmap, int]:
-    """The array so far and how many rows of it are there; from the start where a kill left something damaged."""
+def _begun(unfinished: Path, progress: Path, shape: tuple[int, ...], dtype: type) -> int:
+    """How many rows of the unfinished array are there; it is begun anew where a kill left something damaged."""
     if unfinished.exists() and progress.exists():
         with suppress(UserError):
+            _opened(unfinished, shape, dtype)
             if 0 <= (done := read_json(progress, int)) <= shape[0]:
-                return _opened(unfinished, shape, dtype, "r+"), done
-    return np.lib.format.open_memmap(unfinished, "w+", np.dtype(dtype), shape), 0
+                return done
+    remove(progress)
+    empty_array(unfinished, shape, dtype)
+    return 0
 
 
-def _opened(file: Path, shape: tuple[int, ...], dtype: type, mode: Literal["r", "r+"]) -> np.memmap:
-    array = read_array(file, "delete it, it will be computed again", mode)
+def _opened(file: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    array = read_array(file, "delete it, it will be computed again", "r")
     if array.dtype != dtype or array.shape != shape:
         raise UserError(f"{file} holds {array.dtype} {list(array.shape)}; expected {np.dtype(dtype)} {list(shape)}; delete it")
-    return array  # pyrefly: ignore [bad-return]
-
-
-@contextmanager
-def _waiting(file: Path) -> Iterator[None]:
-    """Hold the file's lock; wait where another process computes it now. The lock dies with the process."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.info("waiting for %s, which another process computes", file)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    return array

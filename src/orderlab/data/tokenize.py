@@ -11,17 +11,15 @@ twice. The folder `OUT.part` becomes `OUT` when everything is done.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from pydantic import Field
 from torch import Tensor
 
@@ -33,8 +31,29 @@ from orderlab.errors import UserError
 from orderlab.frozen import Frozen
 from orderlab.models.vq import VQ, tokenizer_hash
 from orderlab.runtime.dist import World, world
-from orderlab.runtime.files import locked, read_json, write_atomically, write_json
+from orderlab.runtime.files import (
+    FolderKind,
+    append_line,
+    array_rows,
+    check_replaceable,
+    copy,
+    empty_array,
+    locked,
+    read_json,
+    remove,
+    rename,
+    second_name,
+    write_array,
+    write_atomically,
+    write_json,
+    write_rows,
+)
 from orderlab.runtime.run import config_difference
+
+DONE = ("tokens.npy", "labels.npy", "meta.json", "tokenize.json", "images.txt", "broken.txt")
+BEGUN = ("plan.json", "listing.jsonl", "classes.json", "codes.npy")
+WORK = FolderKind("token set in the making", (*DONE, *BEGUN, "journal-*.jsonl"))
+NOTHING = FolderKind("token set", ())  # what was made with other settings is not replaced
 
 
 class TokenizeConfig(Frozen):
@@ -70,7 +89,8 @@ class Work:
     """The folder of a token set in the making."""
 
     def __init__(self, out: Path):
-        self.out, self.folder = out, out.with_name(out.name + ".part")
+        self.out = out.resolve()
+        self.folder = self.out.with_name(self.out.name + ".part")
         self.plan, self.listing, self.codes = self.folder / "plan.json", self.folder / "listing.jsonl", self.folder / "codes.npy"
 
     def journals(self) -> dict[int, dict[int, str]]:
@@ -98,7 +118,13 @@ def run(config: TokenizeConfig, *, progress: Callable[[int, int, str], None] | N
     if (config.out / "meta.json").exists():
         _same_settings(config.out / "tokenize.json", settings)
         return _summary(config.out, 0, clock, 1)
-    with world() as here, locked(work.folder, "--out folder") if here.is_main else nullcontext():
+    check_replaceable(config.out, config.images, kind=NOTHING)
+    check_replaceable(work.folder, kind=WORK)
+    busy = f"{work.folder} is in use by another process; wait for it or choose another --out folder"
+    lock = locked(work.folder / ".lock", busy, swept=[work.folder])
+    with world() as here, lock if here.is_main else nullcontext():
+        if here.any(here.is_main and (config.out / "meta.json").exists()):  # another process has finished it meanwhile
+            return _summary(config.out, 0, clock, here.size)
         if here.is_main:
             _begin(work, config, settings)
         here.barrier()
@@ -132,15 +158,15 @@ def _same_settings(file: Path, settings: dict[str, Any]) -> None:
 
 def _begin(work: Work, config: TokenizeConfig, settings: dict[str, Any]) -> None:
     """List the images and make room for their codes; nothing when that was done before."""
-    if work.plan.exists():
-        _same_settings(work.plan, settings)
-        return
+    for file in (work.plan, work.folder / "tokenize.json"):  # the second where a kill came while the first was tidied away
+        if file.exists():
+            return _same_settings(file, settings)
     found = list_images(config.images, read_labels(config.labels) if config.labels else None)
     classes, images = chosen_classes(config.classes, found, config.images)
     positions = (config.size // tokenizer(config.tokenizer).config.downsampling) ** 2
     write_atomically(work.listing, "".join(image.line() + "\n" for image in images))
     write_json(work.folder / "classes.json", classes)
-    open_memmap(work.codes, mode="w+", dtype=np.uint16, shape=(len(images), len(config.views.views), positions)).flush()
+    empty_array(work.codes, (len(images), len(config.views.views), positions), np.uint16)
     write_json(work.plan, settings)
 
 
@@ -152,17 +178,16 @@ def _encode_share(work: Work, config: TokenizeConfig, vq: VQ, here: World, progr
     batches = -(-len(images) // config.batch)
     todo = [batch for batch in range(here.rank, batches, here.size) if batch not in done]
     broken = sum(map(len, done.values()))
-    codes, clock, fresh = np.load(work.codes, mmap_mode="r"), time.perf_counter(), 0
-    header = work.codes.stat().st_size - codes.nbytes
+    clock, fresh = time.perf_counter(), 0
     journal = work.folder / f"journal-{here.rank}of{here.size}.jsonl"
-    with ThreadPoolExecutor(config.workers) as pool, open(work.codes, "r+b") as target, open(journal, "a") as notes:
+    with ThreadPoolExecutor(config.workers) as pool:
         for batch, (pixels, unreadable) in zip(todo, _loaded(todo, images, config, vq, pool)):
             _refuse_if_too_many(broken := broken + len(unreadable), unreadable, config)
             encoded_BXP = _encode(vq, pixels, config.batch, here.device)
             first = batch * config.batch
             count = min(config.batch, len(images) - first)
-            _write(work.codes, target.fileno(), header + codes[0].nbytes * first, encoded_BXP[:count])
-            _note(notes, {"batch": batch, "broken": unreadable})
+            write_rows(work.codes, first, encoded_BXP[:count])
+            append_line(journal, {"batch": batch, "broken": unreadable}, is_synced=True)
             fresh += count
             if progress is not None:
                 speed = here.size * fresh / (time.perf_counter() - clock)
@@ -213,35 +238,16 @@ def _encode(vq: VQ, pixels: np.ndarray, batch: int, device: torch.device) -> np.
     return torch.cat(parts).numpy().astype(np.uint16).reshape(*pixels.shape[:2], -1)
 
 
-def _note(journal: TextIO, record: dict[str, Any]) -> None:
-    """A line of its own, also after one that a kill cut short; on disk when this returns."""
-    journal.write("\n" + json.dumps(record) + "\n")
-    journal.flush()
-    os.fsync(journal.fileno())
-
-
-def _write(file: Path, descriptor: int, offset: int, codes_BXP: np.ndarray) -> None:
-    """Put codes at their place, on disk when this returns."""
-    try:
-        content = memoryview(codes_BXP.tobytes())
-        while content:
-            written = os.pwrite(descriptor, content, offset)
-            content, offset = content[written:], offset + written
-        os.fdatasync(descriptor)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}; free some space, the same command goes on from here") from None
-
-
 def _finish(work: Work, config: TokenizeConfig, settings: dict[str, Any], vq: VQ) -> None:
     """Describe the set and give the folder its name. A kill in between is made good by the next run."""
     folder = work.folder
     if not (folder / "meta.json").exists():
         _describe(work, config, settings, vq)  # writes meta.json last
-    for name in ("plan.json", "listing.jsonl", "classes.json", "codes.npy", ".lock"):
-        (folder / name).unlink(missing_ok=True)
+    for name in (*BEGUN, ".lock"):
+        remove(folder / name)
     for journal in folder.glob("journal-*.jsonl"):
-        journal.unlink()
-    folder.rename(work.out)
+        remove(journal)
+    rename(folder, work.out)
 
 
 def _describe(work: Work, config: TokenizeConfig, settings: dict[str, Any], vq: VQ) -> None:
@@ -255,7 +261,7 @@ def _describe(work: Work, config: TokenizeConfig, settings: dict[str, Any], vq: 
     kept = np.array([i for i in range(len(images)) if i not in broken], dtype=np.int64)
     _keep_rows(work.codes, folder / "tokens.npy", kept)
     classes = read_json(folder / "classes.json")
-    np.save(folder / "labels.npy", np.array([classes[images[i].wordnet_id] for i in kept], dtype=np.int32))
+    write_array(folder / "labels.npy", np.array([classes[images[i].wordnet_id] for i in kept], dtype=np.int32))
     write_atomically(folder / "images.txt", "".join(f"{images[i].wordnet_id}/{_printable(images[i].name)}\n" for i in kept))
     write_atomically(folder / "broken.txt", "".join(f"{_printable(images[i].path)}\t{reason}\n" for i, reason in sorted(broken.items())))
     write_json(folder / "tokenize.json", settings)
@@ -283,13 +289,12 @@ def _keep_rows(codes: Path, tokens: Path, kept: np.ndarray, chunk: int = 65536) 
     """Write the kept rows as `tokens`; the codes themselves where all are kept."""
     source = np.load(codes, mmap_mode="r")
     if len(kept) == len(source):
-        if not tokens.exists():
-            os.link(codes, tokens)
+        if not second_name(codes, tokens):
+            copy(codes, tokens)
         return
-    target = open_memmap(tokens, mode="w+", dtype=np.uint16, shape=(len(kept), *source.shape[1:]))
-    for start in range(0, len(kept), chunk):
-        target[start : start + chunk] = source[kept[start : start + chunk]]
-    target.flush()
+    with array_rows(tokens, (len(kept), *source.shape[1:]), np.uint16) as add:
+        for start in range(0, len(kept), chunk):
+            add(source[kept[start : start + chunk]])
 
 
 def _summary(out: Path, fresh: int, clock: float, processes: int) -> dict[str, Any]:

@@ -9,9 +9,6 @@ function of (seed, images seen), so a resumed or re-sharded run reads the same i
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,8 +21,10 @@ from orderlab.data.imagenet import MOST_CLASSES, read_names
 from orderlab.data.npz import read_array
 from orderlab.errors import UserError
 from orderlab.frozen import Frozen, Side
-from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.files import FolderKind, read_json, replaced_folder, write_array, write_json
 from orderlab.runtime.keys import generator
+
+TOKEN_SET = FolderKind("token set", ("tokens.npy", "labels.npy", "meta.json"), "meta.json", ("tokenizer_hash", "grid", "vocabulary"))
 
 
 def evenly_spaced(total: int, count: int) -> np.ndarray:
@@ -121,25 +120,10 @@ def _open_array(file: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-@contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """A fresh folder to fill; it takes the name `folder` when that went well, and is removed when it did not."""
-    temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
 def write_token_set(folder: Path, tokens_NVP: np.ndarray, labels_N: np.ndarray, meta: TokenMeta) -> TokenSet:
     """Write a whole token set; the folder appears only when complete."""
-    with replace_folder(folder) as fresh:
-        np.save(fresh / "tokens.npy", tokens_NVP.astype(np.uint16))
-        np.save(fresh / "labels.npy", labels_N.astype(np.int32))
+    with replaced_folder(folder, TOKEN_SET) as fresh:
+        write_array(fresh / "tokens.npy", tokens_NVP.astype(np.uint16))
+        write_array(fresh / "labels.npy", labels_N.astype(np.int32))
         write_json(fresh / "meta.json", meta.model_dump())
     return TokenSet(folder)

@@ -97,7 +97,7 @@ def run(run_dir: str | Path, orders: Sequence[str], *, checkpoint: str = "final"
     keys = {name: result_key(name, checkpoint, target) for name in names}
     if any(key not in results for key in keys.values()):
         model = load_model(folder.checkpoints / f"{checkpoint}.safetensors")
-        _, validation = token_sets(config.data, config.model.grid, folder.root.parent.parent / "tokens")
+        _, validation = token_sets(config.data, config.model.grid, folder.cache)
         for name, result in keys.items():
             if result not in results:
                 measured = measure_any_order(model, validation) if name == ANY_ORDER else measure(model, validation, name, target=target)

@@ -22,8 +22,8 @@ from orderlab.data.prepare import decode, token_sets, tokenizer
 from orderlab.errors import UserError
 from orderlab.evaluate.samples import Samples, load_samples, network_for
 from orderlab.report.images import png_bytes
-from orderlab.runtime.files import write_atomically
-from orderlab.runtime.run import RunFolder
+from orderlab.runtime.files import check_replaceable, write_output
+from orderlab.runtime.run import RunFolder, run_of
 from orderlab.sampling.sample import SampleSet
 
 TILE = 2500
@@ -65,11 +65,13 @@ def nearer_share(samples_N: np.ndarray, validation_M: np.ndarray) -> tuple[float
 
 def run(folder: Path, *, picture: Path | None = None, network: str | None = None) -> dict[str, Any]:
     """Measure a sample set (of a run its own, see `own_set`); optionally draw the samples nearest to training data beside their neighbours."""
+    if picture is not None:
+        check_replaceable(picture)
     samples = own_set(folder)
     assert samples.folder is not None
-    sets_run = RunFolder(samples.folder.parent.parent)
+    sets_run = run_of(samples.folder)
     config = sets_run.config()
-    training, validation = token_sets(config.data, config.model.grid, sets_run.root.parent.parent / "tokens")
+    training, validation = token_sets(config.data, config.model.grid, sets_run.cache)
     seen, vq = network_for(samples, network), tokenizer(config.data.tokenizer)
     train_MP, validation_MP = (token_set.read(np.arange(len(token_set)))[1].numpy() for token_set in (training, validation))
     tokens_NP = SampleSet(samples.folder).tokens_NP
@@ -135,4 +137,4 @@ def _draw(tokens_NP: np.ndarray, train_MP: np.ndarray, own: Nearest, images_of: 
         sample, neighbours = images_of(tokens_NP[i : i + 1])[0], images_of(train_MP[own.rows_NK[i]])
         gap = np.full((sample.shape[0], 4, *sample.shape[2:]), 255, np.uint8)
         rows.append(np.concatenate([sample, gap, *neighbours], axis=1))
-    write_atomically(file, png_bytes(Image.fromarray(np.concatenate(rows, axis=0))))
+    write_output(file, png_bytes(Image.fromarray(np.concatenate(rows, axis=0))))

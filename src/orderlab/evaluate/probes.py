@@ -40,7 +40,7 @@ def run(run_dir: str | Path, order_name: str, *, checkpoint: str = "final", targ
     if key not in results:
         config = folder.config()
         loaded = load_model(folder.checkpoints / f"{checkpoint}.safetensors")
-        _, validation = token_sets(config.data, config.model.grid, folder.root.parent.parent / "tokens")
+        _, validation = token_sets(config.data, config.model.grid, folder.cache)
         classes_B, tokens_BP = validation.read(evenly_spaced(len(validation), ATTENTION_IMAGES))
         model = loaded.gpt if isinstance(loaded, OrderedGPT) else loaded
         results = add_to_json(file, {key: probe(model, classes_B, tokens_BP, path(order_name, *config.model.grid), target)})

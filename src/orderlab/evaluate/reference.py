@@ -23,6 +23,7 @@ from orderlab.evaluate.features import FeatureExtractor
 from orderlab.evaluate.frechet import MomentAccumulator, Moments
 from orderlab.evaluate.record import INCEPTION
 from orderlab.evaluate.weights import cache_folder, file_sha256
+from orderlab.runtime.files import remove
 from orderlab.runtime.run import code_version
 
 BATCH = 250
@@ -105,10 +106,11 @@ def _features(npz: NpzFile, network: FeatureExtractor, digest: str) -> np.ndarra
             with NpzFile(remembered) as cached:
                 return cached.array("pool", 2)
         except UserError:
-            remembered.unlink()
+            remove(remembered)
     pool_MD = np.concatenate([network(images).pool for images in npz.images(BATCH)])
     with NpzWriter(remembered) as writer:
         writer.array("pool", pool_MD)
+        writer.note({"network": network.name})
     return pool_MD
 
 

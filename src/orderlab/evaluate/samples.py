@@ -27,7 +27,7 @@ from orderlab.evaluate.frechet import moments
 from orderlab.evaluate.measure import Measured, measure_images
 from orderlab.evaluate.record import Origin
 from orderlab.evaluate.reference import BATCH, Reference, read_reference
-from orderlab.runtime.run import RunFolder
+from orderlab.runtime.run import run_of
 from orderlab.sampling.export import decoded
 from orderlab.sampling.sample import SampleSet
 
@@ -110,8 +110,9 @@ def _origin(note: dict[str, Any]) -> Origin:
 
 
 def _from_set(folder: Path) -> Samples:
+    folder = folder.absolute() if folder.name else Path.cwd()
     samples = SampleSet(folder)
-    vq = tokenizer(RunFolder(folder.parent.parent).config().data.tokenizer)
+    vq = tokenizer(run_of(folder).config().data.tokenizer)
     height, width = next(decoded(samples, vq, "llamagen", None)).shape[1:3]
     origin = Origin(label_mode=samples.config.labels, rounding="llamagen", resize_before_rounding="none", seeds=(samples.config.seed,))
     labels_N = samples.classes_N.astype(np.int64)

@@ -62,7 +62,7 @@ def run(run_dir: str | Path, *, samples: list[str] | None = None) -> dict[str, A
     missing = [name for name in names if not _is_scored(folder, name, scores)]
     if missing:
         config = folder.config()
-        references = _references(config.data, config.model.grid, folder.root.parent.parent / "tokens")
+        references = _references(config.data, config.model.grid, folder.cache)
         if "tokenizer" not in scores:
             scores = add_to_json(folder.scores, {"tokenizer": [record.as_dict() for record in score_reconstruction(references)]})
         for name in missing:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from orderlab.errors import UserError
 from orderlab.evaluate.inception import InceptionFeatures, read_inception
+from orderlab.runtime.files import atomic, copy, faults, sweep
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256_PREFIX = "6726825d"
@@ -55,31 +55,29 @@ def install(file: Path) -> Path:
     target = cache_folder() / FILE
     if target.exists() and target.samefile(file):
         return target
-    temporary = target.with_name(f".{FILE}.{os.getpid()}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {target} ({error.strerror or error}); set ORDERLAB_CACHE to a folder with 100 MB free") from None
+        copy(file, target)
+    except UserError as error:
+        raise UserError(f"{error}; ORDERLAB_CACHE names it") from None
     return target
 
 
 def download(url: str = URL) -> Path:
     """Fetch the weight file into the cache. Raises UserError that says what to fetch by hand and where to put it."""
     target = cache_folder() / FILE
-    temporary = target.with_name(f"{FILE}.{os.getpid()}.download")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as source, open(temporary, "wb") as handle:
-            shutil.copyfileobj(source, handle, PIECE)
-        return install(temporary)
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(f"cannot download the Inception weights ({reason}): {how_to_get()}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    sweep(target, is_held=False)
+    with atomic(target) as handle:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as source:
+                while piece := source.read(PIECE):
+                    with faults(target):
+                        handle.write(piece)
+        except (urllib.error.URLError, OSError) as error:
+            reason = getattr(error, "reason", None) or error
+            raise UserError(f"cannot download the Inception weights ({reason}): {how_to_get()}") from None
+        handle.flush()
+        read_inception(Path(handle.name), checked_sha256(Path(handle.name)))
+    return target
 
 
 def how_to_get() -> str:

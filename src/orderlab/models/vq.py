@@ -218,7 +218,7 @@ def tokenizer_hash(model: VQ) -> str:
 
 def save_vq(path: Path, model: VQ, header: Mapping[str, str] | None = None) -> None:
     """Write a tokenizer with its config in the header; `header` adds entries, for example how it was trained."""
-    own = {"config": model.config.model_dump_json(), "tokenizer_hash": tokenizer_hash(model)}
+    own = {"config": model.config.model_dump_json(), "tokenizer_hash": tokenizer_hash(model), "format": "orderlab vq"}
     save_weights(path, model.state_dict(), {**(header or {}), **own})
 
 

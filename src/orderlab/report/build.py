@@ -17,7 +17,7 @@ from orderlab.report.palette import css_variables, order_key
 from orderlab.report.summary import RankAgreement, headline, rank_agreement
 from orderlab.report.tables import Column, cost_columns, quality_columns
 from orderlab.report.takeaways import takeaways
-from orderlab.runtime.files import write_atomically
+from orderlab.runtime.files import check_replaceable, write_output
 
 SOURCE = "LlamaGen Ordering Experiments"
 FASHION = [
@@ -71,16 +71,20 @@ class Section:
 def build(data: ReportData, out: Path) -> list[Path]:
     """Write `report.html`, `report.md` and `figures/*.png` into the folder `out`; returns the paths, the page first.
 
-    Raises UserError where `out` is not a folder or cannot be written.
+    Raises UserError where `out` is not a folder, holds such a file of somebody else's or cannot be written.
     """
+    page, text = out / "report.html", out / "report.md"
+    check_replaceable(page)
+    check_replaceable(text)
+    is_ours = page.exists()
     sections = [_section(table, data) for table in data.tables]
     pictures = _pictures(data, sections)
-    written = [
-        _write(out / "figures" / name, images.png_bytes(p) if isinstance(p, Image.Image) else figures.png(p)) for name, p in pictures
-    ]
-    page = _write(out / "report.html", _render("report.html.j2", data, sections).encode())
-    text = _write(out / "report.md", _render("report.md.j2", data, sections).encode())
-    return [page, text, *written]
+    for name, picture in pictures:
+        content = images.png_bytes(picture) if isinstance(picture, Image.Image) else figures.png(picture)
+        write_output(out / "figures" / name, content, is_ours)
+    write_output(page, _render("report.html.j2", data, sections).encode())
+    write_output(text, _render("report.md.j2", data, sections).encode())
+    return [page, text, *(out / "figures" / name for name, _ in pictures)]
 
 
 def _section(table: Table, data: ReportData) -> Section:
@@ -186,8 +190,3 @@ def _reading(data: ReportData) -> list[str]:
 def _comparison_label(section: Section) -> str:
     ours, theirs = section.table.compare or ("", "")
     return f"Dot plot of {ours} beside {theirs} for {len(section.table.rows)} rows; the numbers are in the table above"
-
-
-def _write(path: Path, content: bytes) -> Path:
-    write_atomically(path, content)
-    return path

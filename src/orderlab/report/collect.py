@@ -39,7 +39,7 @@ from orderlab.report.data import Row as ReportRow
 from orderlab.report.images import png_bytes, sample_grid
 from orderlab.report.learned import gallery
 from orderlab.report.verdicts import over_seeds
-from orderlab.runtime.files import read_json, write_atomically
+from orderlab.runtime.files import read_json, write_output
 from orderlab.runtime.run import RunFolder, code_version
 from orderlab.sampling.sample import SampleSet, sample_name
 
@@ -293,7 +293,7 @@ def save_samples(run_dir: Path, name: str, file: Path) -> None:
     images = _images(RunFolder(run_dir), name, PICTURE_SAMPLES)
     if images is None:
         raise UserError(f"{run_dir} has no sample set {name}; run orderlab sample first")
-    write_atomically(file, png_bytes(sample_grid(images, PICTURE_SAMPLES)))
+    write_output(file, png_bytes(sample_grid(images, PICTURE_SAMPLES)))
 
 
 def _curves(folder: RunFolder, config: RunConfig) -> RunCurves | None:

@@ -20,7 +20,7 @@ from orderlab.report.data import CoverageCurve, OrderPicture, RunCurves, Table
 from orderlab.report.palette import INK, MUTED, PAPER, RULE, order_colour, themed
 from orderlab.report.summary import pairs
 from orderlab.report.tables import is_above_uniform
-from orderlab.runtime.files import write_atomically
+from orderlab.runtime.files import write_output
 
 WIDTH = 4.8  # inches; at 72 units an inch the page shows it at its own size on a phone and half as large again on a desk
 STYLE = {
@@ -288,4 +288,4 @@ def save_coverage(curves: dict[str, list[float]], file: Path) -> None:
     kind = figure_kind(file, "--plot")
     buffer = io.BytesIO()
     coverage([CoverageCurve(name, curve) for name, curve in curves.items()]).savefig(buffer, format=kind, dpi=160, facecolor="white")
-    write_atomically(file, buffer.getvalue())
+    write_output(file, buffer.getvalue())

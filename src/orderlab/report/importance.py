@@ -21,7 +21,7 @@ from scipy.ndimage import gaussian_filter
 
 from orderlab.report.figures import RANKS, STYLE, figure_kind
 from orderlab.report.palette import MUTED, PAPER
-from orderlab.runtime.files import write_atomically
+from orderlab.runtime.files import write_output
 
 CELL, GAP, LINE_GAP = 0.92, 0.035, 0.12  # inches: an image, between images, between lines
 LEFT, RIGHT, TOP, BAR = 1.85, 0.6, 0.3, 0.08  # around them: labels, scales, names; the width of a scale
@@ -108,4 +108,4 @@ def save_importance(figure: Figure, file: Path) -> None:
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format=kind, dpi=200, facecolor=PAPER)
-    write_atomically(file, buffer.getvalue())
+    write_output(file, buffer.getvalue())

@@ -8,7 +8,6 @@ the disk damages later. Sharded tensors are stored whole, so any number of proce
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from orderlab.errors import UserError
 from orderlab.runtime.dist import whole
-from orderlab.runtime.files import write_atomically
+from orderlab.runtime.files import second_name, write_atomically
 
 log = logging.getLogger("orderlab")
 
@@ -51,11 +50,8 @@ def save_state(
 def _keep(file: Path) -> None:
     """A second name for the present state, when it is whole; its first name is then replaced."""
     if file.exists():
-        spare = previous(file).with_suffix(".part")
-        with suppress(OSError, SafetensorError), safe_open(file, framework="pt"):  # a file system without links keeps one state
-            spare.unlink(missing_ok=True)
-            os.link(file, spare)
-            os.replace(spare, previous(file))
+        with suppress(OSError, SafetensorError), safe_open(file, framework="pt"):
+            second_name(file, previous(file))  # a file system without links keeps one state
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from pydantic import ValidationError
 
 from orderlab.config import EXECUTION_KNOBS, PATH_KNOBS, RunConfig
 from orderlab.errors import UserError, reading
-from orderlab.runtime.files import locked, read_json, write_json
+from orderlab.runtime.files import append_line, locked, read_json, write_atomically, write_json
 
 
 class RunFolder:
@@ -37,6 +38,16 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self.scores = self.root / "scores.json"
 
+    @property
+    def runs(self) -> Path:
+        """The folder that holds all runs; also where this one was named from within, as "."."""
+        return Path(os.path.abspath(self.root)).parent.parent
+
+    @property
+    def cache(self) -> Path:
+        """Where token sets lie that are made from images."""
+        return self.runs / "tokens"
+
     def create(self, config: RunConfig) -> RunFolder:
         """Make the folder, or check that it belongs to this very config; record the environment."""
         file = self.root / "config.json"
@@ -47,8 +58,17 @@ class RunFolder:
                 raise UserError(f"{self.root} was made with another config ({difference}); use the same settings or another --runs folder")
         else:
             write_json(file, _placed(config.model_dump(mode="json")))
-        write_json(self.root / "env.json", environment())
+        if self.status()["state"] != "trained":
+            write_json(self.root / "env.json", [*self.starts(), environment()])
         return self
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Where and with what versions the run was trained: an entry for each start."""
+        file = self.root / "env.json"
+        if not file.exists():
+            return []
+        found = read_json(file, (dict, list))
+        return found if isinstance(found, list) else [found]
 
     def config(self) -> RunConfig:
         file = self.root / "config.json"
@@ -84,11 +104,28 @@ class RunFolder:
                 records.append(json.loads(line))
         return [r for r in records if isinstance(r, dict) and (kind is None or r.get("kind") == kind)]
 
+    def record(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        append_line(self.metrics, record)
+
+    def rewind(self, images: int) -> None:
+        """Forget what was recorded after so many images, and a line that a kill cut."""
+        if self.metrics.exists():
+            kept = "".join(json.dumps(record) + "\n" for record in self.records() if record["images"] <= images)
+            if kept != self.metrics.read_text():
+                write_atomically(self.metrics, kept)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder against other processes; the lock dies with the process."""
-        with locked(self.root, "--runs folder"):
+        busy = f"{self.root} is in use by another process; wait for it or choose another --runs folder"
+        with locked(self.root / ".lock", busy, swept=[self.root, self.checkpoints]):
             yield
+
+
+def run_of(sample_set: Path) -> RunFolder:
+    """The run whose sample set lies in this folder."""
+    return RunFolder(Path(os.path.abspath(sample_set)).parent.parent)
 
 
 def config_difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
@@ -129,6 +166,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Versions, device and code state, for the record."""
     return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "orderlab": version("orderlab"),
         "git": code_version(),
         "python": platform.python_version(),

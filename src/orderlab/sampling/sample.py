@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +26,14 @@ from orderlab.errors import UserError, reading
 from orderlab.models.checkpoints import load_model
 from orderlab.models.oracle import load_oracle, true_class_probability
 from orderlab.runtime.dist import World, world
-from orderlab.runtime.files import read_json, write_json
+from orderlab.runtime.files import locked, make_folder, read_json, remove, write_array, write_arrays, write_json
 from orderlab.runtime.keys import generator, image_seeds
 from orderlab.runtime.run import RunFolder, device_name
 from orderlab.sampling.draw import BadLogits
 from orderlab.sampling.methods import Method, method_for, passes
 from orderlab.sampling.semifast import Made, Rescore
+
+LOCK = ".lock"
 
 
 class SampleSet:
@@ -96,16 +98,22 @@ def run(
 ) -> Path:
     """Generate the sample set of `config` from a run's checkpoint; returns its folder. Does nothing when it is there.
 
-    `progress(done, total)` is called after each batch. Raises `UserError` when the run has no such checkpoint.
+    `progress(done, total)` is called after each batch. Raises `UserError` when the run has no such checkpoint, or while another
+    process generates the same set.
     """
     folder = RunFolder(run_dir)
     out = folder.samples / sample_name(config, checkpoint)
     if (out / "sample.json").exists():
+        _tidy(out)
         return out
     weights = folder.checkpoints / f"{checkpoint}.safetensors"
     if not weights.exists():
         raise UserError(f"{weights} does not exist; train the run to its end first (its state is '{folder.status()['state']}')")
-    with world() as here:
+    busy = f"{out} is in use by another process; wait for it, the same command then finds its images"
+    with world() as here, locked(out / LOCK, busy, swept=[out]) if here.is_main else nullcontext():
+        if here.any(here.is_main and (out / "sample.json").exists()):  # another process has finished it meanwhile
+            _tidy(out)
+            return out
         model = load_model(weights).to(here.device)
         run_config = folder.config()
         method = method_for(model, config, _oracle_value(folder, run_config, here.device) if config.rescore == "oracle" else None)
@@ -123,13 +131,14 @@ def run(
             meta = {"config": config.model_dump(), "checkpoint": checkpoint, "content": content_hash(out), **made_on, **cost}
             meta |= {"grid": run_config.model.grid, "class_names": stored_names(class_names(run_config.data))}
             write_json(out / "sample.json", meta)
+            _tidy(out)
         here.barrier()
     return out
 
 
 def _oracle_value(folder: RunFolder, run_config: RunConfig, device: torch.device) -> Rescore:
     """What `rescore="oracle"` chooses by: the true class's probability, by the oracle of the same scale and seed."""
-    file = folder.root.parent.parent / f"oracle@{run_config.scale}" / f"seed{run_config.seed}" / "checkpoints" / "final.safetensors"
+    file = folder.runs / f"oracle@{run_config.scale}" / f"seed{run_config.seed}" / "checkpoints" / "final.safetensors"
     if not file.exists():
         raise UserError(
             f"rescore=oracle needs {file}, which does not exist; first run: orderlab train oracle --scale {run_config.scale} --seed {run_config.seed}"
@@ -151,11 +160,11 @@ def _sample_parts(
     method: Method, config: SampleConfig, classes_N: np.ndarray, out: Path, here: World, progress: Callable[[int, int], None]
 ) -> tuple[float, int]:
     """Generate this process's missing batches; returns the seconds it took and the images it was for."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     seconds, timed = 0.0, 0
     for part in range(here.rank, _parts(config), here.size):
         file = _part_file(out, config, part)
-        if not file.exists():
+        if not _is_whole(file):
             # The last batch is padded with images beyond the set, so that every batch has one shape.
             indices = np.arange(part * config.batch, (part + 1) * config.batch)
             classes_B = torch.from_numpy(classes_N[indices % config.images])
@@ -182,18 +191,28 @@ def _write_part(file: Path, made: Made, kept: int) -> None:
     arrays = {"tokens": made.tokens_BP[:kept]}
     if made.drafts_BP is not None and made.order_BT is not None:
         arrays |= {"orders": made.order_BT[:kept], "drafts": made.drafts_BP[:kept]}
-    temporary = file.with_suffix(".part")
-    with open(temporary, "wb") as handle:
-        whole: dict[str, Any] = {name: values.cpu().numpy().astype(np.uint16) for name, values in arrays.items()}
-        np.savez(handle, **whole)
-    temporary.rename(file)
+    write_arrays(file, {name: values.cpu().numpy().astype(np.uint16) for name, values in arrays.items()})
+
+
+def _is_whole(file: Path) -> bool:
+    """False for a part that is not there, or that the disk has damaged: its images are generated again."""
+    try:
+        with reading(file, "sample again"), np.load(file, allow_pickle=False) as part:
+            first, last = (int(place) for place in file.stem.split("-")[1:])
+            return "tokens" in part.files and all(part[name].shape[:1] == (last - first,) for name in part.files)
+    except UserError:
+        return False
 
 
 def _join_parts(out: Path, config: SampleConfig, classes_N: np.ndarray) -> None:
     parts = [_part_file(out, config, part) for part in range(_parts(config))]
     loaded = [dict(np.load(part)) for part in parts]
     for name in loaded[0]:
-        np.save(out / f"{name}.npy", np.concatenate([arrays[name] for arrays in loaded]))
-    np.save(out / "classes.npy", classes_N.astype(np.int32))
-    for part in out.glob("part-*"):
-        part.unlink()
+        write_array(out / f"{name}.npy", np.concatenate([arrays[name] for arrays in loaded]))
+    write_array(out / "classes.npy", classes_N.astype(np.int32))
+
+
+def _tidy(out: Path) -> None:
+    """Once sample.json is there, nobody reads the parts."""
+    for part in (*out.glob("part-*"), out / LOCK):
+        remove(part)

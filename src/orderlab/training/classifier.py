@@ -17,6 +17,7 @@ from orderlab.data.fashion import load_fashion, to_unit_range
 from orderlab.evaluate.features import FashionCNN, FashionFeatures
 from orderlab.frozen import Frozen
 from orderlab.models.weights import save_weights
+from orderlab.runtime.files import check_replaceable
 
 
 class ClassifierConfig(Frozen):
@@ -49,6 +50,7 @@ def run(config: ClassifierConfig, limit: int | None = None) -> float:
 
     `limit` keeps the first images only, for a quick check. Raises UserError when the images cannot be read.
     """
+    check_replaceable(config.out)
     started = time.monotonic()
     images, labels = load_fashion("train", config.images)
     network = train(config, to_unit_range(images[:limit]), torch.from_numpy(labels[:limit].astype(np.int64)))

@@ -130,7 +130,7 @@ def measure(run: Path, cls_k: int | None = None, checkpoint: str = "final", prog
     config = folder.config()
     if not isinstance(config.task, OracleTask):
         raise UserError(f"{run} is a run of {config.recipe}, not of an oracle; train one: orderlab oracle train --scale {config.scale}")
-    cache = folder.root.parent.parent / "tokens"
+    cache = folder.cache
     _, validation = token_sets(config.data, config.model.grid, cache)
     size = cls_k if cls_k is not None else max(1, config.model.positions // 4)
     file = folder.checkpoints / f"{checkpoint}.safetensors"

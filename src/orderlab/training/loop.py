@@ -7,7 +7,6 @@ same command in the same folder goes on where it stopped, bit for bit on the sam
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -48,20 +47,15 @@ def run(config: RunConfig, run_dir: str | Path, *, cache: Path | None = None, re
     folder = RunFolder(run_dir)
     with world() as here, folder.lock() if here.is_main else nullcontext():
         if here.is_main:
-            token_sets(config.data, config.model.grid, cache or default_cache(folder))  # made once, found by the other processes
+            token_sets(config.data, config.model.grid, cache or folder.cache)  # made once, found by the other processes
             folder.create(config)
         here.barrier()
-        objective = objective_for(config, cache or default_cache(folder), here.device, folder.root.parent.parent)
+        objective = objective_for(config, cache or folder.cache, here.device, folder.runs)
         if not (folder.checkpoints / STATE).exists():
-            load_start(objective, config, folder.root.parent.parent)
+            load_start(objective, config, folder.runs)
         state = Trainer(config, folder, objective, here, report or (lambda record: None)).train()
         here.barrier()  # what the first process wrote is there for all
         return state
-
-
-def default_cache(folder: RunFolder) -> Path:
-    """Token sets lie beside the recipes: runs/tokens."""
-    return folder.root.parent.parent / "tokens"
 
 
 class Trainer:
@@ -237,12 +231,10 @@ class Trainer:
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.here.is_main:
-            with open(self.folder.metrics, "a") as handle:
-                handle.write(json.dumps(record) + "\n")
+            self.folder.record(record)
             self.report(record)
 
     def _rewind_metrics(self) -> None:
         """Forget records of steps that a killed process took after its last checkpoint."""
-        if self.here.is_main and self.folder.metrics.exists():
-            kept = [r for r in self.folder.records() if r["images"] <= self.images]
-            self.folder.metrics.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        if self.here.is_main:
+            self.folder.rewind(self.images)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from orderlab.data.fashion import load_fashion, to_unit_range
 from orderlab.frozen import Frozen
 from orderlab.models.vq import PRESETS, VQ, save_vq, tokenizer_hash
+from orderlab.runtime.files import check_replaceable
 
 
 class TokenizerConfig(Frozen):
@@ -57,6 +58,7 @@ def run(config: TokenizerConfig, limit: int | None = None) -> VQ:
 
     `limit` keeps the first images only, for a quick check. Raises UserError when the images cannot be read.
     """
+    check_replaceable(config.out)
     started = time.monotonic()
     images = to_unit_range(load_fashion("train", config.images)[0][:limit])
     model = train(config, images)

@@ -20,6 +20,8 @@ from orderlab.errors import UserError
 from orderlab.evaluate.features import FashionFeatures
 from orderlab.evaluate.metrics import frechet_distance_from_features
 from orderlab.models.vq import VQ, tokenizer_hash
+from orderlab.report.images import png_bytes
+from orderlab.runtime.files import check_replaceable, write_output
 from orderlab.training.tokenizer import kmeans
 
 PATCH, PATCH_CODES = 4, 256
@@ -66,6 +68,8 @@ def evaluate_tokenizer(model: VQ, picture: Path | None = None, images: int | Non
         raise UserError(
             f"this tokenizer takes images of {model.config.in_channels} channels; expected one of grey images, such as fashion-8x8"
         )
+    if picture is not None:
+        check_replaceable(picture)
     real, labels = load_fashion("validation")
     real, labels = real[:images], labels[:images]
     codes = encode_all(model, real)
@@ -142,5 +146,4 @@ def save_picture(path: Path, real: np.ndarray, decoded: np.ndarray, labels: np.n
         strips += [np.concatenate(list(pixels[rows]), axis=1) for pixels in (real, decoded)]
     width = min(strip.shape[1] for strip in strips)
     sheet = np.kron(np.concatenate([strip[:, :width] for strip in strips]), np.ones((zoom, zoom), np.uint8))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path, optimize=True)
+    write_output(path, png_bytes(Image.fromarray(sheet)))

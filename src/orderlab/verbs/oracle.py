@@ -75,8 +75,10 @@ def oracle_importance(
     """
     if picture is not None:
         from orderlab.report.figures import figure_kind
+        from orderlab.runtime.files import check_replaceable
 
         figure_kind(picture, "--picture")
+        check_replaceable(picture)
     from orderlab.runtime.console import Console
     from orderlab.training.importance import measure, spread
 

@@ -179,7 +179,9 @@ def reference(
     from orderlab.data.images import image_batches
     from orderlab.evaluate.extractors import default_network, extractor
     from orderlab.evaluate.reference import BATCH, write_reference
+    from orderlab.runtime.files import check_replaceable
 
+    check_replaceable(out, images)
     found = image_batches(images, BATCH, size, classes, labels)
     seen = extractor(network or default_network(found.height, found.width))
     count = write_reference(found, str(images), out, seen, keep)
@@ -235,8 +237,8 @@ def bench_metrics(
 def write_npz(folder: Path, file: Path, rounding: str, size: int | None) -> None:
     """A sample set as ADM's image file, by the rules of `orderlab sample`."""
     from orderlab.data.prepare import tokenizer
-    from orderlab.runtime.run import RunFolder
+    from orderlab.runtime.run import run_of
     from orderlab.sampling.export import write_npz as write
     from orderlab.sampling.sample import SampleSet
 
-    write(SampleSet(folder), tokenizer(RunFolder(folder.parent.parent).config().data.tokenizer), file, rounding=rounding, size=size)
+    write(SampleSet(folder), tokenizer(run_of(folder).config().data.tokenizer), file, rounding=rounding, size=size)

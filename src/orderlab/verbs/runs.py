@@ -154,6 +154,11 @@ def sample(
 
     if order not in PATHLESS and not sampler.startswith("unmask-"):
         parse_order_name(order)
+    from orderlab.runtime.files import check_replaceable
+
+    for file in (picture, npz):
+        if file is not None:
+            check_replaceable(file)
     if npz is not None:
         from orderlab.sampling.export import check_rules
 
