@@ -95,7 +95,7 @@ RESUME = [
            'ema.load_state_dict(_below(self.tensors, "ema."))', "pass"),
     Mutant("dropout not re-seeded", "training/loop.py", "training/test_resume.py",
            'torch.manual_seed(key("dropout", config.seed, self.images, here.rank, micro_step))', "pass"),
-    Mutant("records of lost steps kept", "training/loop.py", "training/test_resume.py",
+    Mutant("records of lost steps kept", "runtime/run.py", "training/test_resume.py",
            'if r["images"] <= self.images', "if True"),
     Mutant("no report at a checkpoint", "training/loop.py", "training/test_resume.py",
            "(is_save or self.images // config.batch % report_every == 0)", "(is_done or self.images // config.batch % report_every == 0)"),

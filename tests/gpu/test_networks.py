@@ -40,7 +40,9 @@ def test_codes_and_pixels_are_the_cpus(device: torch.device, small_vq: Path) -> 
         expected, found = here.encode(images), there.encode(images.to(device))
         assert torch.equal(found.cpu(), expected)
         assert len(expected.unique()) > 5
-        torch.testing.assert_close(there.decode(found).cpu(), here.decode(expected), atol=1e-8, rtol=0)
+        torch.testing.assert_close(
+            there.decode(found).cpu(), here.decode(expected), atol=1e-6, rtol=0
+        )  # a code's row is normalised in fp32
 
 
 @on_gpu_alone

@@ -82,7 +82,8 @@ def test_a_gpu_trains_what_the_cpu_trains(
     here = trained(config, name, every_task, tmp_path / "here")
     for (images, ours), (same_images, theirs) in zip(losses(there), losses(here), strict=True):
         assert images == same_images
-        assert ours == pytest.approx(theirs, abs=2e-3)
+        # An OrderHead cuts its scores hard: a rounding can put a token into the other group.
+        assert ours == pytest.approx(theirs, abs=2e-2 if name.startswith("order-head") else 2e-3)
 
 
 def without_any_dropout(config: RunConfig) -> RunConfig:

@@ -31,7 +31,7 @@ from orderlab.models.vq import PRESETS as TOKENIZERS
 from orderlab.models.vq import VQ
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
-from orderlab.runtime.files import write_json
+from orderlab.runtime.files import check_replaceable, write_result
 from orderlab.runtime.run import device_name
 from orderlab.sampling.generate import generate
 
@@ -53,6 +53,8 @@ def run(
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Time everything that fits into `minutes`; returns and writes the figures. `side` is that of the square product."""
+    if out is not None:
+        check_replaceable(out)
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = {"device": device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), **card_bounds(device, side)}
@@ -77,7 +79,7 @@ def run(
         say(f"not measured: {'; '.join(left_out)}")
     result = {"model": model_name, **card, "entries": entries, "left_out": left_out, "minutes": (time.perf_counter() - start) / 60}
     if out is not None:
-        write_json(out, result)
+        write_result(out, result)
     return result
 
 
@@ -168,7 +170,7 @@ def training_step(model_name: str, kind: str, images: int, card: dict[str, Any],
 @torch.inference_mode()
 def tokenizer_rates(card: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """VQ-16 (the toy tokenizer on a CPU): images a second to codes and back."""
-    name, side, images = ("VQ-16", 256, 32) if device.type == "cuda" else ("fashion-8x8", 32, 4)
+    name, side, images = ("vq-16", 256, 32) if device.type == "cuda" else ("fashion-8x8", 32, 4)
     with on(device):
         vq = VQ(TOKENIZERS[name]).eval()
         pictures = torch.rand(images, vq.config.in_channels, side, side) * 2 - 1

@@ -100,7 +100,7 @@ def bench_gpu(
     model: str = "GPT-B",
     sampling: str = "1,8,64,256",
     training: str = "64,256",
-    minutes: float = 8.0,
+    minutes: Count = 8,
     out: Path = Path("bench/gpu.json"),
     json: bool = False,
 ) -> None:
@@ -116,8 +116,8 @@ def bench_gpu(
     """
     from orderlab.bench.gpu import run
 
-    sizes = [[int(size) for size in given.split(",")] for given in (sampling, training)]
-    result = run(model, sampling=sizes[0], training=sizes[1], minutes=minutes, out=out, say=(lambda line: None) if json else print)
+    sizes = {"sampling": numbers(sampling, "--sampling", 1), "training": numbers(training, "--training", 1)}
+    result = run(model, **sizes, minutes=minutes, out=out, say=(lambda line: None) if json else print)
     if json:
         print_json(result)
 
