@@ -64,7 +64,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["sample", "/nowhere"], "train the run to its end first"),
         (["nll", "/nowhere"], "is no run folder"),
         (["score", "/nowhere"], "no samples to score"),
-        (["score", "."], "holds no images"),
+        (["score", "."], "nor a folder of images; expected one of these"),
         (["reference", ".", "--out", "r.npz", "--size", "0"], "--size 0: expected 8 to 4096 pixels"),
         (["train", "raster-300", "--scale", "small", "--tokenizer", "nowhere.pt"], "unknown tokenizer 'nowhere.pt'"),
         (["train", "finetune-all", "--scale", "small"], "--tokenizer FILE (train one: orderlab tokenizer train)"),

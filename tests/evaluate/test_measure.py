@@ -204,7 +204,7 @@ def test_odd_notes_count_as_unknown(tmp_path):
 
 def test_paths_that_hold_no_samples_are_one_line(tmp_path):
     for path in (tmp_path, tmp_path / "absent.npz"):
-        with pytest.raises(UserError, match="neither an npz file, a sample set nor a run folder"):
+        with pytest.raises(UserError, match="neither an npz file, a sample set, a run folder nor a folder of images"):
             load_samples(path)
     shutil.copy(FIXTURES / "adm_pool.npz", tmp_path / "other.npz")
     with pytest.raises(UserError, match=r"has no arr_0 \(it holds ref_pool"):

@@ -19,6 +19,7 @@ from orderlab.data.imagenet import ClassNames, read_names
 from orderlab.data.images import image_batches
 from orderlab.data.npz import NpzFile
 from orderlab.data.prepare import tokenizer
+from orderlab.data.sources import SUFFIXES
 from orderlab.errors import UserError
 from orderlab.evaluate.extractors import default_network
 from orderlab.evaluate.extractors import extractor as load_network
@@ -65,7 +66,7 @@ def load_samples(path: str | Path) -> list[Samples]:
         if sets:
             return [_from_set(folder) for folder in sets]
         raise UserError(f"{path} has no samples; run orderlab sample first")
-    if path.is_dir():
+    if any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
         return [_from_folder(path)]
     raise UserError(f"{path} is neither an npz file, a sample set, a run folder nor a folder of images; expected one of these")
 

@@ -41,7 +41,7 @@ class SampleSet:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        advice = "delete the folder and sample again"
+        advice = "the set is damaged, delete the folder and sample again"
         with reading(f"sample set {self.folder}", advice):
             self.meta = read_json(self.folder / "sample.json")
             self.config = SampleConfig.model_validate(self.meta["config"])
