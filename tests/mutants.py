@@ -96,7 +96,7 @@ RESUME = [
     Mutant("dropout not re-seeded", "training/loop.py", "training/test_resume.py",
            'torch.manual_seed(key("dropout", config.seed, self.images, here.rank, micro_step))', "pass"),
     Mutant("records of lost steps kept", "runtime/run.py", "training/test_resume.py",
-           'if r["images"] <= self.images', "if True"),
+           'if record["images"] <= images)', "if True)"),
     Mutant("no report at a checkpoint", "training/loop.py", "training/test_resume.py",
            "(is_save or self.images // config.batch % report_every == 0)", "(is_done or self.images // config.batch % report_every == 0)"),
     Mutant("sums of the last report kept", "training/loop.py", "training/test_resume.py",

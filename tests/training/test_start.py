@@ -85,6 +85,7 @@ def test_what_is_missing_is_named_with_what_makes_it(tiny_run: RunConfig, tmp_pa
         run(tiny_run.edited(start=StartConfig(run="base")), tmp_path / "a/seed0")
     with pytest.raises(UserError, match=r"c2i_B_256\.pt"):
         run(tiny_run.edited(start=StartConfig(file="nowhere.pt")), tmp_path / "b/seed0")
+    assert run(tiny_run.edited(images=16), tmp_path / "b/seed0") == "trained"  # the corrected command has the folder
 
 
 def test_a_start_of_another_grid_is_refused_until_the_user_says_so(pretrained: RunConfig, tmp_path: Path) -> None:

@@ -48,15 +48,19 @@ class RunFolder:
         """Where token sets lie that are made from images."""
         return self.runs / "tokens"
 
-    def create(self, config: RunConfig) -> RunFolder:
-        """Make the folder, or check that it belongs to this very config; record the environment."""
-        file = self.root / "config.json"
-        if file.exists():
+    def check(self, config: RunConfig) -> None:
+        """Raise `UserError` where the folder belongs to another config, with the difference."""
+        if (self.root / "config.json").exists():
             found, asked = (c.model_dump(mode="json", exclude=set(EXECUTION_KNOBS)) for c in (self.config(), config))
             difference = config_difference(found, _as_found(found, asked))
             if difference:
                 raise UserError(f"{self.root} was made with another config ({difference}); use the same settings or another --runs folder")
-        else:
+
+    def create(self, config: RunConfig) -> RunFolder:
+        """Make the folder, or check that it belongs to this very config; record the environment."""
+        self.check(config)
+        file = self.root / "config.json"
+        if not file.exists():
             write_json(file, _placed(config.model_dump(mode="json")))
         if self.status()["state"] != "trained":
             write_json(self.root / "env.json", [*self.starts(), environment()])

@@ -47,12 +47,15 @@ def run(config: RunConfig, run_dir: str | Path, *, cache: Path | None = None, re
     folder = RunFolder(run_dir)
     with world() as here, folder.lock() if here.is_main else nullcontext():
         if here.is_main:
+            folder.check(config)
             token_sets(config.data, config.model.grid, cache or folder.cache)  # made once, found by the other processes
-            folder.create(config)
         here.barrier()
         objective = objective_for(config, cache or folder.cache, here.device, folder.runs)
         if not (folder.checkpoints / STATE).exists():
             load_start(objective, config, folder.runs)
+        if here.is_main:
+            folder.create(config)  # the folder is this config's once all that it needs was there
+        here.barrier()
         state = Trainer(config, folder, objective, here, report or (lambda record: None)).train()
         here.barrier()  # what the first process wrote is there for all
         return state
