@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from orderlab.bench.training import KINDS, Step, training_config
+from orderlab.catalog import SCALES
+from orderlab.errors import UserError
 from orderlab.evaluate.inception import Inception
 from orderlab.evaluate.likelihood import nll
 from orderlab.models.gpt import GPT, PRESETS
@@ -48,16 +50,26 @@ def run(
     sampling: list[int] | None = None,
     training: list[int] | None = None,
     minutes: float = 8.0,
-    side: int = 8192,
+    side: int | None = None,
     out: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Time everything that fits into `minutes`; returns and writes the figures. `side` is that of the square product."""
+    """Time everything that fits into `minutes`; returns and writes the figures. `side` is that of the square product: 8192, 512 on a CPU.
+
+    Raises `UserError` for an unknown model.
+    """
+    if model_name not in (*PRESETS, *SCALES):
+        raise UserError(f"unknown model '{model_name}'; expected a scale ({', '.join(SCALES)}) or one of {', '.join(PRESETS)}")
     if out is not None:
         check_replaceable(out)
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    card = {"device": device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), **card_bounds(device, side)}
+    card = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        **card_bounds(device, side or (8192 if device.type == "cuda" else 512)),
+    }
     say(f"{card['device']}, torch {card['torch']}: copy {card['copy_tb_s']:.2f} TB/s, bf16 product {card['bf16_tflop_s']:.0f} TFLOP/s")
     entries: list[dict[str, Any]] = []
     left_out: list[str] = []
