@@ -65,7 +65,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["nll", "/nowhere"], "is no run folder"),
         (["score", "/nowhere"], "no samples to score"),
         (["score", "."], "nor a folder of images; expected one of these"),
-        (["reference", ".", "--out", "r.npz", "--size", "0"], "--size 0: expected 8 to 4096 pixels"),
+        (["reference", ".", "--out", "r.npz", "--size", "4"], "--size 4: expected 8 to 4096 pixels"),
         (["train", "raster-300", "--scale", "small", "--tokenizer", "nowhere.pt"], "unknown tokenizer 'nowhere.pt'"),
         (["train", "finetune-all", "--scale", "small"], "--tokenizer FILE (train one: orderlab tokenizer train)"),
         (["train", "raster-300", "--scale", "paper"], "ImageNet tokens need data.folder"),

@@ -12,13 +12,13 @@ import functools
 import inspect
 import io
 import itertools
-import json
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import tyro
@@ -105,8 +105,10 @@ def fail(message: str, status: int = 2, patience: float = PATIENCE) -> NoReturn:
     print(f"orderlab: {message}", file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows as the cause below its own traceback
         cause = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
-        with contextlib.suppress(OSError), open(report, "w") as handle:
-            json.dump({"message": cause}, handle)
+        with contextlib.suppress(Exception):
+            from orderlab.runtime.files import write_json
+
+            write_json(Path(report), {"message": cause})
     sys.exit(status)
 
 

@@ -10,7 +10,7 @@ from orderlab.errors import UserError
 
 def test_every_figure_is_measured_printed_and_written(tmp_path, capsys):
     result = bench.run(120, 40, repeats=1, stream=1100, out=tmp_path / "m.json")
-    assert json.loads((tmp_path / "m.json").read_text()) == result
+    assert json.loads((tmp_path / "m.json").read_text()) == {"orderlab": "m", **result}
     assert all(seconds > 0 for seconds in result["seconds"].values())
     assert result["seconds"]["fid"] == pytest.approx(result["seconds"]["moments"] + result["seconds"]["distance"])
     assert result["fid"] == pytest.approx(result["fid_by_sqrtm"], rel=1e-9)

@@ -21,7 +21,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_setting_is_measured_and_written(tmp_path: Path) -> None:
     result = bench.run("GPT-B", [1, 2], ["fp32", "bf16"], slot=100, repeats=2, out=tmp_path / "bench/sample.json", quiet=True)
-    assert json.loads((tmp_path / "bench/sample.json").read_text()) == result
+    assert json.loads((tmp_path / "bench/sample.json").read_text()) == {"orderlab": "sample", **result}
     assert [(s["precision"], s["batch"]) for s in result["steps"]] == [("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]
     for step in result["steps"]:
         assert step["floor_ms"] == pytest.approx(step["linear_ms"] + step["cache_ms"])

@@ -13,7 +13,7 @@ from orderlab.errors import UserError
 
 def test_figures_are_measured_and_written(tmp_path: Path) -> None:
     result = bench.run("smoke", 4, 8, "fp32", repeats=3, out=tmp_path / "bench/train.json", quiet=True)
-    assert json.loads((tmp_path / "bench/train.json").read_text()) == result
+    assert json.loads((tmp_path / "bench/train.json").read_text()) == {"orderlab": "train", **result}
     steps = result["steps"]
     assert list(steps) == list(bench.KINDS)
     assert steps["raster"]["ratio"] == 1.0
@@ -24,7 +24,7 @@ def test_figures_are_measured_and_written(tmp_path: Path) -> None:
 
 
 def test_each_kind_is_the_step_of_its_recipe(tmp_path: Path) -> None:
-    configs = {kind: bench._config(recipe, "smoke", 4, "fp32", tmp_path) for kind, recipe in bench.KINDS.items()}
+    configs = {kind: bench.training_config(recipe, "smoke", 4, "fp32", tmp_path) for kind, recipe in bench.KINDS.items()}
     assert isinstance(configs["masked"].task, MaskedTask)
     assert isinstance(configs["order-head"].task, OrderHeadTask)
     assert configs["random, target told"].model.target_embedding
@@ -37,7 +37,7 @@ def test_each_kind_is_the_step_of_its_recipe(tmp_path: Path) -> None:
 
 
 def test_a_preset_gives_its_sizes(tmp_path: Path) -> None:
-    config = bench._config("orderhead-exp3", "GPT-L", 2, "bf16", tmp_path)
+    config = bench.training_config("orderhead-exp3", "GPT-L", 2, "bf16", tmp_path)
     assert (config.model.layers, config.model.dim, config.task.head.state_dim) == (24, 1024, 1024)  # pyrefly: ignore
 
 

@@ -131,7 +131,7 @@ def test_files_of_another_kind_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train one: orderlab oracle train"):
         load_oracle(tmp_path / "nothing.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "oracle.safetensors").read_bytes()[:900])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="no whole safetensors file"):
         load_oracle(tmp_path / "cut.safetensors")
 
 

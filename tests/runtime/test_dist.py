@@ -8,7 +8,7 @@ from torch import nn
 
 from orderlab.data.prepare import tokenizer
 from orderlab.errors import UserError
-from orderlab.models.transformer import rope_table
+from orderlab.models.transformer import _kept_rope_table, rope_table
 from orderlab.order.policy import _cached_path
 from orderlab.runtime import dist
 from orderlab.training.parallel import gradient_norm
@@ -59,7 +59,7 @@ def test_the_norm_of_no_gradient_lies_where_the_model_lies() -> None:
     ids=["rope_table", "path", "tokenizer"],
 )
 def test_what_is_kept_from_sampling_can_be_trained_with(make: Callable[[], torch.Tensor]) -> None:
-    for function in (rope_table, _cached_path, tokenizer):
+    for function in (_kept_rope_table, _cached_path, tokenizer):
         function.cache_clear()
     with torch.inference_mode():
         assert not make().is_inference()

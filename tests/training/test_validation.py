@@ -10,7 +10,7 @@ from orderlab.config import RunConfig
 from orderlab.config_tasks import AutoregressiveTask, MaskedTask, OracleTask, OrderHeadConfig, OrderHeadTask, Task
 from orderlab.data.tokens import TokenSet, evenly_spaced
 from orderlab.training.tasks import objective_for
-from tests.training.test_oracle import coded_folder, oracle_run  # noqa: F401
+from tests.training.test_oracle import oracle_run  # noqa: F401
 
 
 @pytest.mark.parametrize(("total", "count"), [(10, 3), (5000, 500), (7, 7), (3, 9), (126_689, 5000)])

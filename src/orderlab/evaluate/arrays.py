@@ -2,17 +2,15 @@
 what each image adds to a number, kept beside its record so that two numbers of the same images can be compared image by image."""
 
 import hashlib
-import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from orderlab.errors import UserError, reading
-from orderlab.runtime.files import write_atomically
+from orderlab.runtime.files import write_arrays
 
 Array = np.ndarray | Tensor
 
@@ -48,10 +46,7 @@ def checked_pair(first: Array, second: Array, names: tuple[str, str], dtype: tor
 def keep_per_image(run: Path, name: str, values: Mapping[str, np.ndarray]) -> str:
     """Write arrays [N] by quantity into the run's folder, as float32; returns the file's place in it, for the record."""
     place = f"per_image/{name.replace(':', '-')}.npz"
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {quantity: np.asarray(array, np.float32) for quantity, array in values.items()}
-    np.savez(buffer, **arrays)
-    write_atomically(run / place, buffer.getvalue())
+    write_arrays(run / place, {quantity: np.asarray(array, np.float32) for quantity, array in values.items()})
     return place
 
 
