@@ -22,7 +22,7 @@ from orderlab.errors import UserError
 ROOT = Path(__file__).parent.parent
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SHELL = {"python3", "pip", ".", "mkdir", "tar", "trap", "wait"}
+SHELL = {"python3", "pip", ".", "export", "mkdir", "tar", "trap", "wait"}
 """What else the pages tell a reader to type; none of it is ours."""
 RUN = "runs/raster-300@demo/seed0"
 DRY = {"reproduce": "--dry-run", "train": "--dry-run", "oracle train": "--dry-run", "show": "--dry-run", "launch": "--print"}
@@ -85,7 +85,7 @@ def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[str, 
     if "rows" in found and found["rows"] != ("all",):
         catalog.rows_named(found["rows"])
     if "row" in found:
-        catalog.run_named(found["row"])
+        catalog.run_named(found["row"], catalog.scale_named(found.get("scale") or "toy"))
     if verb == "sample":
         has_own_order = found["sampler"].startswith("unmask") and found["order"] == "raster"  # as the verb has it
         SampleConfig(order=found["sampler"].split("-")[1] if has_own_order else found["order"], sampler=found["sampler"])
