@@ -69,7 +69,7 @@ def train(
 
 def train_run(config: RunConfig, runs: Path, quiet: bool) -> tuple[Path, str]:
     """Train a run in its folder under `runs` with a progress bar; returns the folder and the state."""
-    from orderlab.runtime.console import Console
+    from orderlab.runtime.console import Console, training_note
     from orderlab.training import loop
 
     folder = runs / f"{config.recipe}@{config.scale}" / f"seed{config.seed}"
@@ -77,7 +77,7 @@ def train_run(config: RunConfig, runs: Path, quiet: bool) -> tuple[Path, str]:
 
         def report(record: dict[str, Any]) -> None:
             if record["kind"] == "train":
-                bar.update(record["images"], f"loss {record['loss']:.3f} · {record['images_per_second']:.0f} images/s")
+                bar.update(record["images"], training_note(record))
 
         return folder, loop.run(config, folder, cache=runs / "tokens", report=report)
 
