@@ -95,6 +95,7 @@ def sample(
     sampler: str = "kv-cache",
     rescore: str = "likelihood",
     labels: str = "balanced",
+    precision: str | None = None,
     batch: Count = 250,
     seed: Seed = 0,
     checkpoint: str = "final",
@@ -120,6 +121,7 @@ def sample(
             unmask-random-T, unmask-confidence-T or unmask-halton-T, in T steps and an order of their own
         rescore: likelihood or oracle; what best-of-N and semifast-N choose by
         labels: balanced or iid
+        precision: fp32 or bf16, of the weights; when empty bf16 on a GPU and fp32 elsewhere
         batch: images at a time; changes nothing but speed and memory
         seed: image i is a function of (seed, i)
         checkpoint: final, final-ema, random-end or anneal-end
@@ -143,6 +145,7 @@ def sample(
         "sampler",
         "rescore",
         "labels",
+        "precision",
         "batch",
         "seed",
     )
