@@ -14,9 +14,9 @@ FLOORS = [
     {"order", "runtime", "catalog"},
     {"models"},
     {"sampling", "data"},
-    {"evaluate", "report"},
+    {"evaluate", "report", "cost_tasks"},
     {"training"},
-    {"reproduce", "cost", "cost_memory", "cost_tables", "cost_tasks", "hub", "bench", "results"},
+    {"reproduce", "cost", "cost_memory", "cost_tables", "hub", "bench", "results"},
     {"verbs"},
     {"cli", "__init__"},
 ]

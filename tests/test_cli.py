@@ -62,6 +62,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         (["compare-methods", "--scale", "smok"], "did you mean 'smoke'?"),
         (["sample", "/nowhere"], "train the run to its end first"),
+        (["sample", "/nowhere", "--precision", "fp16"], "--precision: Input should be 'fp32' or 'bf16' (got 'fp16')"),
         (["nll", "/nowhere"], "is no run folder"),
         (["score", "/nowhere"], "no samples to score"),
         (["score", "."], "nor a folder of images; expected one of these"),

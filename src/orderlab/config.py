@@ -263,6 +263,8 @@ class SampleConfig(Frozen):
     target: bool | None = None
     """Feed the target embedding; as trained when empty."""
     labels: Literal["balanced", "iid"] = "balanced"
+    precision: Literal["fp32", "bf16"] | None = None
+    """Type of the model's weights; bf16 on a GPU and fp32 elsewhere when empty. An OrderHead keeps fp32."""
     batch: int = Field(250, ge=1)
     """Images generated at a time; changes nothing but speed and memory."""
     seed: int = Field(0, ge=0)

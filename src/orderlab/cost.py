@@ -10,16 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from orderlab.catalog import H100_TFLOPS, SOURCE_HOURS, Scale
 from orderlab.config import LEARNED, GPTConfig, RunConfig, SampleConfig
 from orderlab.config_tasks import MaskedTask, OracleTask
 from orderlab.cost_memory import block_bytes, head_bytes
-from orderlab.cost_tasks import block_parameters, forward_flops, masked_flops, parameters_of, training_flops, unmasking_flops
+from orderlab.cost_tasks import (
+    block_parameters,
+    forward_flops,
+    masked_flops,
+    network_flops,
+    oracle_and_image,
+    parameters_of,
+    training_flops,
+    unmasking_flops,
+)
 from orderlab.evaluate.likelihood import MASKED_IMAGES
 from orderlab.models.gpt import GPT
-from orderlab.models.oracle import Oracle, oracle_sizes
 from orderlab.sampling.methods import decoded_images, passes_beside
 from orderlab.sampling.unmask import METHODS
 
@@ -167,20 +174,14 @@ def network_cost(network: nn.Module, image_shape: tuple[int, ...], images: int, 
 
 
 def oracle_cost(config: RunConfig, task: OracleTask, scale: Scale) -> dict[str, Any]:
-    """Training the oracle, counted at the mean share of tokens that PatchDrop keeps; the codebook's entries taken as the default width."""
-    model = config.model
-    with torch.device("meta"):
-        oracle = Oracle(oracle_sizes(task, model.grid, model.vocabulary, model.classes))
-        tokens_BP = torch.zeros(1, model.positions, dtype=torch.long)
-        shown_BK = tokens_BP[:, : round((task.least_kept + 1) / 2 * model.positions)]
-    return _network_cost(oracle, (tokens_BP, shown_BK), config.images, scale) | {"steps": config.steps}
+    """Training the oracle."""
+    oracle, *image = oracle_and_image(config, task)
+    return _network_cost(oracle, tuple(image), config.images, scale) | {"steps": config.steps}
 
 
 def _network_cost(network: nn.Module, inputs: tuple[Tensor, ...], images: int, scale: Scale) -> dict[str, Any]:
-    with FlopCounterMode(display=False) as counter:
-        network(*inputs)
     parameters = sum(p.numel() for p in network.parameters())
-    flops = 3 * counter.get_total_flops() * images
+    flops = 3 * network_flops(network, *inputs) * images
     return {
         "parameters": parameters,
         "images": images,

@@ -7,12 +7,14 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from orderlab.config import GPTConfig, RunConfig, SampleConfig
-from orderlab.config_tasks import MaskedTask, OrderHeadConfig, OrderHeadTask
+from orderlab.config_tasks import MaskedTask, OracleTask, OrderHeadConfig, OrderHeadTask
 from orderlab.models.gpt import GPT
 from orderlab.models.masked import MaskedModel
+from orderlab.models.oracle import Oracle, oracle_sizes
 from orderlab.models.order_head import ScoredOrdering
 from orderlab.sampling.unmask import METHODS, reveal_counts
 
@@ -49,6 +51,22 @@ def order_head(config: OrderHeadConfig) -> tuple[int, int]:
     return sum(p.numel() for p in head.parameters()), counter.get_total_flops()
 
 
+def oracle_and_image(config: RunConfig, task: OracleTask) -> tuple[Oracle, Tensor, Tensor]:
+    """The oracle and one image on meta, at the mean share of tokens that PatchDrop keeps; the codebook's entries taken as the default width."""
+    model = config.model
+    with torch.device("meta"):
+        oracle = Oracle(oracle_sizes(task, model.grid, model.vocabulary, model.classes))
+        tokens_BP = torch.zeros(1, model.positions, dtype=torch.long)
+        return oracle, tokens_BP, tokens_BP[:, : round((task.least_kept + 1) / 2 * model.positions)]
+
+
+def network_flops(network: nn.Module, *inputs: Tensor) -> int:
+    """FLOPs of one pass of any network."""
+    with FlopCounterMode(display=False) as counter:
+        network(*inputs)
+    return counter.get_total_flops()
+
+
 def parameters_of(config: RunConfig) -> int:
     """All parameters of the image model that a run trains."""
     body = (MaskedModel if isinstance(config.task, MaskedTask) else GPT)(config.model, device="meta").parameter_count()
@@ -65,13 +83,17 @@ def training_flops(config: RunConfig) -> float:
 
     An OrderHead adds its own pass and the raster pass whose states it scores; a
     frozen body is spared its weights' gradients, and one that learns from the oracle alone is only looked at.
+    Where the last blocks alone are trained, the backward pass stops below them.
     """
     model, task = config.model, config.task
+    if isinstance(task, OracleTask):
+        return 3 * network_flops(*oracle_and_image(config, task))
     if isinstance(task, MaskedTask):
         return 3 * (masked_flops(model) + 2 * model.dim * model.vocabulary * model.positions)
     forward = forward_flops(model, model.positions)
     if not isinstance(task, OrderHeadTask):
-        return 3 * forward
+        head = 2 * model.dim * model.vocabulary * model.positions
+        return forward + 2 * (head + (forward - head) * (config.trained_blocks or model.layers) / model.layers)
     second = 1 if not task.has_generation_loss else 2 if task.is_body_frozen else 3
     return (1 + second) * forward + 3 * order_head(task.head)[1]
 

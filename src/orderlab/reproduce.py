@@ -18,7 +18,7 @@ from orderlab.evaluate import likelihood, score
 from orderlab.report.build import build
 from orderlab.report.collect import collect, run_folder
 from orderlab.report.comparisons import with_comparisons
-from orderlab.runtime.console import Console, is_main_process
+from orderlab.runtime.console import Console, is_main_process, training_note
 from orderlab.runtime.dist import world
 from orderlab.runtime.files import read_json
 from orderlab.runtime.run import RunFolder
@@ -183,7 +183,7 @@ def _train(run_name: str, plan: Plan, console: Console) -> str:
 
         def report(record: dict[str, Any]) -> None:
             if record["kind"] == "train":
-                bar.update(record["images"], f"loss {record['loss']:.3f} · {record['images_per_second']:.0f} images/s")
+                bar.update(record["images"], training_note(record))
 
         return loop.run(config, folder.root, cache=plan.runs / "tokens", report=report)
 

@@ -22,3 +22,10 @@ def test_a_resumed_task_counts_what_is_fresh(monkeypatch: pytest.MonkeyPatch, ca
     for clock[0], done in ((1.0, 800), (11.0, 900)):
         bar.update(done, "note")
     assert capsys.readouterr().out.splitlines()[-1] == "task · 900/1,000 · 11 s · ETA 10 s · note"
+
+
+def test_a_training_note_says_what_the_record_holds() -> None:
+    record = {"loss": 6.81234, "images_per_second": 1743.2}
+    assert console.training_note(record) == "loss 6.812 · 1,743 images/s"
+    record |= {"share_of_peak": 0.377, "peak_tflops": 989.0, "peak_memory_gib": 10.66}
+    assert console.training_note(record) == "loss 6.812 · 1,743 images/s · 38% of 989 TFLOP/s · 10.7 GiB"

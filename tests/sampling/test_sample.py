@@ -187,6 +187,45 @@ def test_names_differ_with_the_settings() -> None:
     assert sample.sample_name(CONFIG) == sample.sample_name(CONFIG.edited(batch=5))
 
 
+def test_names_of_sets_made_before_precision_was_a_setting_stay() -> None:
+    learned = SampleConfig(order="learned", sampler="semifast-8", rescore="oracle")
+    assert sample.sample_name(CONFIG) == "spiral-g2-n23-fbcec7"
+    assert sample.sample_name(learned, "final-ema") == "learned-g2-semifast-8-n5000-183085"
+    assert len({sample.sample_name(CONFIG.edited(precision=precision)) for precision in (None, "fp32", "bf16")}) == 3
+
+
+def test_on_a_cpu_nothing_said_means_fp32_bit_for_bit(run_dir: Path) -> None:
+    unsaid, said, rounded = (sample.SampleSet(sample.run(CONFIG.edited(precision=p), run_dir)) for p in (None, "fp32", "bf16"))
+    np.testing.assert_array_equal(unsaid.tokens_NP, said.tokens_NP)
+    assert [s.meta["precision"] for s in (unsaid, said, rounded)] == ["float32", "float32", "bfloat16"]
+    assert unsaid.config.precision is None
+    assert rounded.tokens_NP.shape == (23, 16)
+    assert (rounded.tokens_NP == unsaid.tokens_NP).mean() > 0.5  # the same seeds; a draw may fall on the other side
+
+
+def test_a_set_does_not_go_on_from_parts_of_another_precision(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where one begun on a CPU goes on on a GPU, under the same name."""
+    config = CONFIG.edited(seed=8)
+    monkeypatch.setattr(sample, "sample_name", lambda config, checkpoint="final": "one-name")
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(KeyboardInterrupt):
+            sample.run(config.edited(precision=precision), run_dir, progress=stop)
+    out = run_dir / "samples/one-name"
+    assert sorted(p.name for p in out.glob("part-*")) == ["part-000000-000010-bf16.npz", "part-000000-000010.npz"]
+    begun = (out / "part-000000-000010-bf16.npz").stat().st_mtime_ns
+
+    def unchanged(done: int, total: int) -> None:
+        if done == 10:
+            assert (out / "part-000000-000010-bf16.npz").stat().st_mtime_ns == begun
+
+    sample.run(config.edited(precision="bf16"), run_dir, progress=unchanged)
+    assert sorted(p.name for p in out.iterdir()) == ["classes.npy", "sample.json", "tokens.npy"]
+
+
 def test_an_untrained_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train the run to its end first"):
         sample.run(CONFIG, tmp_path)

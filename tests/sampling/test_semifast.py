@@ -8,7 +8,7 @@ from orderlab.config import GPTConfig, SampleConfig
 from orderlab.config_tasks import OrderHeadConfig, OrderHeadTask
 from orderlab.errors import UserError
 from orderlab.evaluate.likelihood import nll
-from orderlab.models.checkpoints import load_model
+from orderlab.models.checkpoints import load_model, set_precision
 from orderlab.models.ordered_gpt import OrderedGPT, load_ordered_gpt, save_ordered_gpt
 from orderlab.order.perm import in_two_groups, rank, remaining_by_score
 from orderlab.sampling import semifast
@@ -51,6 +51,19 @@ def test_the_kv_cache_equals_the_full_forward(model: OrderedGPT, name: str, guid
     assert torch.equal(cached.tokens_BP, full.tokens_BP)
     assert torch.equal(cached.order_BT, full.order_BT)
     assert len(cached.tokens_BP.unique()) > 5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_in_bf16_the_order_head_still_scores_in_fp32(name: str) -> None:
+    model = make().float()
+    set_precision(model, "bf16")
+    assert {p.dtype for p in model.gpt.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.order_head.parameters()} == {torch.float32}
+    made = METHODS[name](model, CLASSES, SEEDS, guidance=2.0)
+    scores_BP = model.scores(CLASSES, made.tokens_BP)
+    assert scores_BP.dtype == torch.float32
+    assert not torch.equal(scores_BP, scores_BP.bfloat16().float())
+    assert torch.equal(made.tokens_BP, METHODS[name](model, CLASSES, SEEDS, guidance=2.0).tokens_BP)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -11,6 +11,7 @@ from orderlab.config import GPTConfig, SampleConfig
 from orderlab.errors import UserError
 from orderlab.models import backbone
 from orderlab.models import transformer as trunk
+from orderlab.models.checkpoints import set_precision
 from orderlab.models.gpt import GPT
 from orderlab.models.masked import MaskedModel
 from orderlab.order.paths import path
@@ -184,6 +185,17 @@ def test_nothing_is_changed_and_no_global_stream_is_touched(model: MaskedModel) 
         assert torch.equal(first, unmask(own, CLASSES, order, seeds=SEEDS, steps=4, guidance=2.0))
     assert own.training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_masked_model_generates_in_bf16(model: MaskedModel, name: str) -> None:
+    """Logits are fp32 in any case, so that tokens are drawn and compared in it."""
+    rounded = copy.deepcopy(model).float()
+    set_precision(rounded, "bf16")
+    config = SampleConfig(sampler=f"{name}-6", order=name.removeprefix("unmask-"), guidance=1.5)
+    tokens_BP = unmask_as(rounded, config)(CLASSES, SEEDS)
+    assert rounded.head(rounded.hidden(CLASSES, tokens_BP, torch.zeros_like(tokens_BP, dtype=torch.bool))).dtype == torch.float32
+    assert (tokens_BP == unmask_as(model, config)(CLASSES, SEEDS)).double().mean() > 0.2
 
 
 @pytest.mark.parametrize("name", METHODS)

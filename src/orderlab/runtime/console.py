@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -45,6 +45,16 @@ class Console:
         )
         with Progress(*columns, console=self.rich, transient=True) as progress:
             yield RichBar(progress, title, total)
+
+
+def training_note(record: dict[str, Any]) -> str:
+    """What a bar says of a record of training; how long it still takes is the bar's own."""
+    parts = [f"loss {record['loss']:.3f}", f"{record['images_per_second']:,.0f} images/s"]
+    if "share_of_peak" in record:
+        parts.append(f"{record['share_of_peak']:.0%} of {record['peak_tflops']:g} TFLOP/s")
+    if "peak_memory_gib" in record:
+        parts.append(f"{record['peak_memory_gib']:.1f} GiB")
+    return " · ".join(parts)
 
 
 class Bar(Protocol):

@@ -72,11 +72,15 @@ class World:
         dist.all_reduce(tensor)
         return bool(tensor)
 
+    def wait(self) -> None:
+        """Wait until this process's device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def barrier(self) -> None:
         """Wait for all, up to `PATIENCE` and on the CPU (gloo): one may be at work for all."""
         if self.size > 1:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            self.wait()
             dist.all_reduce(torch.zeros(1), group=_patient[0] if _patient else None)
 
 

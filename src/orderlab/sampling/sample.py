@@ -23,7 +23,7 @@ from orderlab.data.imagenet import class_rows, read_names, stored_names
 from orderlab.data.npz import read_array
 from orderlab.data.prepare import class_names
 from orderlab.errors import UserError, reading
-from orderlab.models.checkpoints import load_model
+from orderlab.models.checkpoints import load_model, set_precision
 from orderlab.models.oracle import load_oracle, true_class_probability
 from orderlab.runtime.dist import World, world
 from orderlab.runtime.files import locked, make_folder, read_json, remove, write_array, write_arrays, write_json
@@ -76,7 +76,7 @@ def content_hash(folder: Path) -> str:
 def sample_name(config: SampleConfig, checkpoint: str = "final") -> str:
     """The folder name of a sample set: readable, and different for different settings."""
     is_said = {"order", "guidance", "sampler", "batch"} | ({"rescore"} if config.rescore == "likelihood" else set())
-    rest = config.model_dump(exclude=is_said)
+    rest = config.model_dump(exclude=is_said if config.precision else {*is_said, "precision"})
     digest = hashlib.sha256(repr((sorted(rest.items()), checkpoint)).encode()).hexdigest()[:6]
     sampler = "" if config.sampler == "kv-cache" else f"-{config.sampler}"
     return f"{config.order.replace(':', '')}-g{config.guidance:g}{sampler}-n{config.images}-{digest}"
@@ -115,13 +115,15 @@ def run(
             _tidy(out)
             return out
         model = load_model(weights).to(here.device)
+        exact = config.edited(precision=config.precision or ("bf16" if here.device.type == "cuda" else "fp32"))
+        set_precision(model, exact.precision)
         run_config = folder.config()
         method = method_for(model, config, _oracle_value(folder, run_config, here.device) if config.rescore == "oracle" else None)
         classes_N = sample_classes(config, class_rows(run_config.data, run_config.model.classes))
-        seconds, timed = _sample_parts(method, config, classes_N, out, here, progress or (lambda done, total: None))
+        seconds, timed = _sample_parts(method, exact, classes_N, out, here, progress or (lambda done, total: None))
         here.barrier()
         if here.is_main:
-            _join_parts(out, config, classes_N)
+            _join_parts(out, exact, classes_N)
             cost = {
                 "seconds_per_image": seconds / timed if timed else None,
                 "processes": here.size,
@@ -182,8 +184,9 @@ def _sample_parts(
 
 
 def _part_file(out: Path, config: SampleConfig, part: int) -> Path:
-    """Named by its images: a set that goes on with another batch size must not take a part for a longer one."""
-    return out / f"part-{part * config.batch:06d}-{min(config.images, (part + 1) * config.batch):06d}.npz"
+    """Named by its images and their precision: a set that goes on with another batch size or on another device takes no part that does not fit."""
+    kind = "-bf16" if config.precision == "bf16" else ""
+    return out / f"part-{part * config.batch:06d}-{min(config.images, (part + 1) * config.batch):06d}{kind}.npz"
 
 
 def _write_part(file: Path, made: Made, kept: int) -> None:
@@ -198,7 +201,7 @@ def _is_whole(file: Path) -> bool:
     """False for a part that is not there, or that the disk has damaged: its images are generated again."""
     try:
         with reading(file, "sample again"), np.load(file, allow_pickle=False) as part:
-            first, last = (int(place) for place in file.stem.split("-")[1:])
+            first, last = (int(place) for place in file.stem.split("-")[1:3])
             return "tokens" in part.files and all(part[name].shape[:1] == (last - first,) for name in part.files)
     except UserError:
         return False

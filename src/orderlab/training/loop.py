@@ -8,7 +8,6 @@ same command in the same folder goes on where it stopped, bit for bit on the sam
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +27,7 @@ from orderlab.training.ahead import Batches
 from orderlab.training.objectives import Objective
 from orderlab.training.optim import adamw, learning_rate, moving_average
 from orderlab.training.parallel import Loss, accumulating, is_sharded, prepare, whole_state
+from orderlab.training.speed import Speed
 from orderlab.training.start import load_start
 from orderlab.training.tasks import objective_for
 
@@ -85,7 +85,8 @@ class Trainer:
         self.bad_step = torch.full((), -1, device=here.device)
         self.grad_norms: dict[str, Tensor] = {}
         self.step_values: list[tuple[int, dict[str, Tensor]]] = []
-        self.steps_since_report, self.seconds, self.has_stepped = 0, 0.0, False
+        self.steps_since_report, self.has_stepped = 0, False
+        self.speed = Speed(config, here)
 
     def train(self) -> str:
         config = self.config
@@ -102,11 +103,13 @@ class Trainer:
                 if self.steps_since_report and (is_save or self.images // config.batch % report_every == 0):
                     self._report_loss()
                 if self.has_stepped and (is_done or self._is_due(config.validate_every)):
-                    self._record({"kind": "validation", "images": self.images, **self.objective.validate()})
+                    with self.speed.paused():
+                        self._record({"kind": "validation", "images": self.images, **self.objective.validate()})
                 if self.has_stepped:
                     self._keep_phase_ends()
                 if self.has_stepped and is_save:
-                    self._save()
+                    with self.speed.paused():
+                        self._save()
                 if is_done:
                     self._finish()
                     return "trained"
@@ -122,7 +125,7 @@ class Trainer:
 
     def _step(self) -> None:
         """One optimizer step on one global batch: accumulate micro-batches, clip, update, average."""
-        config, here, clock = self.config, self.here, time.perf_counter()
+        config, here = self.config, self.here
         local = self.batches.at(self.images)
         share = self.rows.stop - self.rows.start
         micro_steps = -(-share // self.micro_batch)
@@ -146,7 +149,6 @@ class Trainer:
             self.ema.update_parameters(self.model)
         self._note(loss_sum, self.grad_norms["grad_norm"])
         self.images += config.batch
-        self.seconds += time.perf_counter() - clock
 
     def _note(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Remember the loss and the first step at which it or the gradient was not finite, without waiting for the device."""
@@ -169,14 +171,13 @@ class Trainer:
                 "loss": loss,
                 **{name: float(norm) for name, norm in self.grad_norms.items()},
                 "lr": learning_rate(self.config, self.images - self.config.batch),
-                "seconds": self.seconds,
-                "images_per_second": steps * self.config.batch / self.seconds,
+                **self.speed.record(steps * self.config.batch, self.config.images - self.images),
                 **self.objective.logs(self.images - self.config.batch),
             }
         )
         self._report_steps()
         self.loss_sum.zero_()
-        self.steps_since_report, self.seconds = 0, 0.0
+        self.steps_since_report = 0
 
     def _report_steps(self) -> None:
         """Records of every step since the last report, for tasks that have any, and what the task makes of them."""
@@ -212,8 +213,9 @@ class Trainer:
         """Export the weights at the first step boundary at or past the end of a phase."""
         for name, images in self.config.phase_ends.items():
             if self.images - self.config.batch < images <= self.images:
-                self._stop_on_nan()
-                self._export(name, {"images": str(self.images)}, self.model)
+                with self.speed.paused():
+                    self._stop_on_nan()
+                    self._export(name, {"images": str(self.images)}, self.model)
 
     def _finish(self) -> None:
         """Export the final weights, raw (the headline) and averaged."""

@@ -69,7 +69,7 @@ def train(
 
 def train_run(config: RunConfig, runs: Path, quiet: bool) -> tuple[Path, str]:
     """Train a run in its folder under `runs` with a progress bar; returns the folder and the state."""
-    from orderlab.runtime.console import Console
+    from orderlab.runtime.console import Console, training_note
     from orderlab.training import loop
 
     folder = runs / f"{config.recipe}@{config.scale}" / f"seed{config.seed}"
@@ -77,7 +77,7 @@ def train_run(config: RunConfig, runs: Path, quiet: bool) -> tuple[Path, str]:
 
         def report(record: dict[str, Any]) -> None:
             if record["kind"] == "train":
-                bar.update(record["images"], f"loss {record['loss']:.3f} · {record['images_per_second']:.0f} images/s")
+                bar.update(record["images"], training_note(record))
 
         return folder, loop.run(config, folder, cache=runs / "tokens", report=report)
 
@@ -95,6 +95,7 @@ def sample(
     sampler: str = "kv-cache",
     rescore: str = "likelihood",
     labels: str = "balanced",
+    precision: str | None = None,
     batch: Count = 250,
     seed: Seed = 0,
     checkpoint: str = "final",
@@ -120,6 +121,7 @@ def sample(
             unmask-random-T, unmask-confidence-T or unmask-halton-T, in T steps and an order of their own
         rescore: likelihood or oracle; what best-of-N and semifast-N choose by
         labels: balanced or iid
+        precision: fp32 or bf16, of the weights; when empty bf16 on a GPU and fp32 elsewhere
         batch: images at a time; changes nothing but speed and memory
         seed: image i is a function of (seed, i)
         checkpoint: final, final-ema, random-end or anneal-end
@@ -143,6 +145,7 @@ def sample(
         "sampler",
         "rescore",
         "labels",
+        "precision",
         "batch",
         "seed",
     )
