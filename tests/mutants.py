@@ -171,13 +171,13 @@ ORDER_HEAD = [
 # NOTE: decode.py and decode_static.py hold what a GPU's fast path is; re-point these when the path moves.
 DECODERS = [
     Mutant("rotation of the cache off by one", "models/decode.py", "models/test_decode.py::test_decoder_equals_full_forward_for_few_and_many_rows[3]",
-           "1 + self.order_RT[:, t - 1]", "self.order_RT[:, t - 1]"),
+           "before_R + 1)", "before_R)"),
     Mutant("cached target embedding of the position before", "models/decode.py", "sampling/test_generate.py::test_samplers_agree_with_the_target_embedding_and_per_sample_orders[True]",
-           "self.order_RT[:, t : t + 1]", "self.order_RT[:, max(t - 1, 0) : max(t - 1, 0) + 1]"),
+           "target_rows(order_RT.index_select(1, slot)", "target_rows(order_RT.index_select(1, (slot - 1).clamp(min=0))"),
     Mutant("queries not scaled", "models/decode.py", "models/test_decode.py::test_decoder_equals_full_forward_for_few_and_many_rows[3]",
-           "rotation_RK * scale, rotation_RK", "rotation_RK, rotation_RK"),
-    Mutant("CUDA branch of attend_one removed", "models/decode.py", "models/test_decode.py::test_a_gpu_attends_with_the_fused_kernel",
-           "q_RHK.is_cuda or q_RHK.dtype not in", "q_RHK.dtype not in"),
+           "q_RHK[:, :, None], keys_RHTK, values_RHTK)", "q_RHK[:, :, None], keys_RHTK, values_RHTK, scale=1.0)"),
+    Mutant("the present slot not attended to", "models/decode.py", "models/test_decode.py::test_decoder_equals_full_forward_for_few_and_many_rows[3]",
+           "keys_RHTK[:, :, -1], values_RHTK[:, :, -1] = k_RHK, qkv_R3HK[:, 2]", "keys_RHTK[:, :, 0], values_RHTK[:, :, 0] = k_RHK, qkv_R3HK[:, 2]"),
     Mutant("blocks not compiled on a GPU", "models/decode_static.py", "models/test_decode_static.py::test_on_a_gpu_blocks_are_compiled",
            "torch.compile(block_step, dynamic=False) if weight.is_cuda else block_step", "block_step"),
     Mutant("is_graph = False", "sampling/generate.py", "models/test_decode_static.py::test_on_a_gpu_a_step_is_the_replay_of_a_graph",

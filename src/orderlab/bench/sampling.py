@@ -147,11 +147,11 @@ class TimedStep:
         self.slot = slot
         self.tokens = torch.arange(batch) % model.config.vocabulary
         self.uniforms = torch.rand(batch, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        self.decoder.cache.fill_for_timing(slot)
+        self.decoder.fill_for_timing(slot)
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        self.decoder.cache.length = self.slot
+        self.decoder.length = self.slot
         conditional, unconditional = self.decoder.step(self.tokens.repeat(2)).chunk(2)
         draw_tokens(guide(conditional, unconditional, GUIDANCE), self.uniforms)
 

@@ -2,8 +2,8 @@
 
 `decode.CachedDecoder` attends over the live slots, a view that grows by one a step. Here the slot is a tensor and a step attends
 over the first `live` slots under a mask, so one captured step serves every slot below `live`, every order and every batch of the
-same size. On a GPU each block is compiled once; elsewhere it runs as it is. Both decoders use the trunk's own modules and must
-give the same logits; a test holds them to that.
+same size. On a GPU each block is compiled once; elsewhere it runs as it is. Both decoders feed a slot alike (`slot_input`,
+`slot_rope`), use the trunk's own modules and must give the same logits; a test holds them to that.
 
 Keys and values are tensors of their own, written in place: as two views of one tensor the compiler copied the whole cache at
 every step. Attention is FlexAttention's decoding kernel for many rows on a GPU, and elsewhere plain products, which the compiler
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from orderlab.models.decode import blocks_of, new_cache, slot_input, slot_rope
 from orderlab.models.gpt import GPT
 from orderlab.models.transformer import Block, rotate
 
@@ -30,9 +31,7 @@ class StaticDecoder:
     def __init__(self, model: GPT, rows: int, target: bool | None):
         config, weight = model.config, model.norm.weight
         self.target, self.steps = target, config.positions
-        shape = (rows, config.heads, config.positions, config.head_dim)
-        self.keys = [weight.new_zeros(shape) for _ in range(config.layers)]  # a masked slot still has to be finite
-        self.values = [weight.new_zeros(shape) for _ in range(config.layers)]
+        self.keys, self.values = new_cache(model, rows)
         self.w13 = [weight.new_empty(2 * config.ffn_dim, config.dim) for _ in range(config.layers)]
         self.classes_R = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.order_RT = self.classes_R.new_zeros(rows, config.positions)
@@ -48,24 +47,13 @@ class StaticDecoder:
 
     def step(self, model: GPT, tokens_R: Tensor, slot: Tensor, live: int) -> Tensor:
         """Logits of `slot`, a tensor [1] below `live`. At slot 0 the class is fed, later `tokens_R`, drawn at the slot before."""
-        is_first = slot == 0
-        x_RD = torch.where(is_first, model.cls_embedding(self.classes_R), model.tok_embeddings(tokens_R))
-        if model.config.slot_bias:
-            x_RD = x_RD + model.slot_bias.weight.index_select(0, slot)
-        ta_RTD = model.target_rows(self.order_RT.index_select(1, slot), self.target)
-        if ta_RTD is not None:
-            x_RD = x_RD + ta_RTD[:, 0]
-        before_R = self.order_RT.index_select(1, (slot - 1).clamp(min=0))[:, 0]
-        rope_R1K2 = self.rope_SK2[torch.where(is_first, 0, before_R + 1)][:, None]
+        x_RD = slot_input(model, self.classes_R, tokens_R, self.order_RT, slot, self.target)
+        rope_R1K2 = slot_rope(self.rope_SK2, self.order_RT, slot)
         parts = x_RD, torch.zeros_like(x_RD), torch.zeros_like(x_RD)
         for block, w13, keys_RHTK, values_RHTK in zip(blocks_of(model), self.w13, self.keys, self.values):
             parts = self.block(block, w13, parts, keys_RHTK, values_RHTK, rope_R1K2, slot, live)
         logits_RV = model.output(model.norm(sum(parts[1:], parts[0])))
         return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-
-
-def blocks_of(model: GPT) -> list[Block]:
-    return [block for block in model.layers if isinstance(block, Block)]
 
 
 Parts = tuple[Tensor, Tensor, Tensor]

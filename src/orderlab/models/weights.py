@@ -78,9 +78,11 @@ def read_tensors(name: str | Path, kind: str) -> Tensors:
         raise UserError(
             f"{kind} {file} holds no tensors; expected a state dict, bare or under one of {', '.join(WRAPPER_KEYS)} (found: {keys})"
         )
-    unusual = next((name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_quantized), None)
+    unusual = next(
+        (name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_cpu), None
+    )
     if unusual is not None:
-        raise UserError(f"{kind} {file}: tensor {unusual} is sparse or quantised; expected plain tensors, save them with .to_dense()")
+        raise UserError(f"{kind} {file}: tensor {unusual} is sparse, quantised or without data; expected plain tensors")
     return Tensors(without_prefixes(tensors), {})
 
 
