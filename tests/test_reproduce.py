@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from orderlab import catalog, load_run, reproduce
+from orderlab.errors import UserError
 from orderlab.evaluate.arrays import read_per_image
-from orderlab.report.collect import collect
+from orderlab.report.collect import collect, distance_name
 from orderlab.report.verdicts import difference
+from orderlab.runtime.files import write_json
 
 
 @pytest.fixture
@@ -90,9 +92,30 @@ def test_a_second_time_nothing_is_done(runs: Path, capsys: pytest.CaptureFixture
 
 
 def test_dry_run_says_what_it_would_cost() -> None:
-    costs = reproduce.dry_run(catalog.rows_named(["2-in100"]), "demo", 0)
+    costs = reproduce.dry_run(catalog.rows_named(["2-in100"]), catalog.SCALES["demo"], 0)
     assert costs["runs"]["raster-300"]["images"] == 48_000
     assert json.dumps(costs)
+
+
+def test_a_reference_is_for_imagenet_and_is_missed_before_any_work(tmp_path: Path) -> None:
+    scales, rows = catalog.SCALES, catalog.rows_named(["5-fair/rar-300"])
+    with pytest.raises(UserError, match="demo is scored against the validation images in the package"):
+        reproduce.Plan(rows, scales["demo"], tmp_path, 0, reference=tmp_path / "ref.npz")
+    with pytest.raises(UserError, match=r"absent\.npz"):
+        reproduce.Plan(rows, scales["paper"], tmp_path, 0, reference=tmp_path / "absent.npz")
+
+
+def test_as_many_images_as_published_tables_have_a_report_and_a_name_of_their_own(tmp_path: Path) -> None:
+    paper = catalog.SCALES["paper"]
+    field = catalog.sampling(paper, 50_000)
+    rows = catalog.rows_named(["5-fair/rar-300"])
+    assert [reproduce.Plan(rows, scale, tmp_path, 0).report.name for scale in (paper, field)] == ["paper-seed0", "paper-seed0-n50000"]
+    assert catalog.sample_config(rows[0], field).images == 50_000
+    records = [{"quantity": "FD", "label": "tok", "metric": "FID-tok-50K", "n": 50_000}]
+    records += [{"quantity": "FD", "label": "Inception", "metric": name, "n": n} for name, n in (("FID-5K", 5_000), ("FID", 50_000))]
+    assert distance_name(field, tmp_path, 0) == "FID-5K"
+    write_json(tmp_path / "rar-300@paper/seed0/scores.json", {"tokenizer": [], "a set": {"records": records}})
+    assert [distance_name(scale, tmp_path, 0) for scale in (paper, field)] == ["FID-5K", "FID"]
 
 
 def test_a_reproduced_run_is_exported(runs: Path, tmp_path: Path) -> None:

@@ -564,6 +564,11 @@ def scale_named(name: str) -> Scale:
     return SCALES[name]
 
 
+def sampling(scale: Scale, images: int | None) -> Scale:
+    """The same scale with so many images sampled for each row."""
+    return scale if images is None else replace(scale, sample_images=images)
+
+
 def row_named(row_id: str) -> Row:
     row = next((row for row in ROWS if row.id == row_id), None)
     if row is None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from orderlab import cost
-from orderlab.catalog import Row, Scale, resolve, row_note, sample_config, scale_named, variants
+from orderlab.catalog import Row, Scale, resolve, row_note, sample_config, variants
 from orderlab.config import RunConfig, SampleConfig
+from orderlab.errors import UserError
 from orderlab.evaluate import likelihood, score
+from orderlab.evaluate.reference import network_of
+from orderlab.evaluate.weights import file_sha256
 from orderlab.report.build import build
-from orderlab.report.collect import collect, run_folder
+from orderlab.report.collect import collect, is_distance, report_folder, run_folder
 from orderlab.report.comparisons import with_comparisons
 from orderlab.runtime.console import Console, is_main_process, training_note
 from orderlab.runtime.dist import world
@@ -40,6 +44,17 @@ class Plan:
     """Weight file that fine-tunes start from, in place of the scale's."""
     tokenizer: str | None = None
     """File or name of the image tokenizer, in place of the scale's."""
+    reference: Path | None = None
+    """File that ImageNet samples are scored against."""
+
+    def __post_init__(self) -> None:
+        if self.reference is None:
+            return
+        if self.scale.data.source == "fashion":
+            raise UserError(
+                f"--reference is for ImageNet's scales; {self.scale.name} is scored against the validation images in the package"
+            )
+        network_of(self.reference)  # a file that is not there is said before a job is queued
 
     def config(self, run_name: str) -> RunConfig:
         config = resolve(run_name, self.scale.name, self.seed)
@@ -52,20 +67,25 @@ class Plan:
 
     @property
     def report(self) -> Path:
-        return self.runs / "reports" / f"{self.scale.name}-seed{self.seed}"
+        return report_folder(self.runs, self.scale, self.seed)
 
     @property
-    def is_scored_here(self) -> bool:
-        """Whether scores need nothing but the package. ImageNet's need Inception's weights and a reference: docs/cluster.md."""
-        return self.scale.data.source == "fashion"
+    def is_scored(self) -> bool:
+        """Whether samples are scored: Fashion-MNIST's need nothing but the package, ImageNet's a reference (docs/cluster.md)."""
+        return self.scale.data.source == "fashion" or self.reference is not None
+
+    @cached_property
+    def _digest(self) -> str | None:
+        return None if self.reference is None else file_sha256(self.reference)
 
     def is_done(self, row: Row) -> bool:
         folder = run_folder(self.runs, row.run, self.scale, self.seed)
         if folder.status()["state"] != "trained":
             return False
         names = {sample.sample_name(variant.sample, variant.checkpoint) for variant in variants(row, self.scale, self.seed)}
-        if self.is_scored_here:
-            found = set(read_json(folder.scores)) if folder.scores.exists() else set()
+        if self.is_scored:
+            scores = read_json(folder.scores) if folder.scores.exists() else {}
+            found = {name for name in names if score.is_scored(folder, name, scores, self._digest)}
         else:
             found = {file.parent.name for file in folder.samples.glob("*/sample.json")}
         keys = {likelihood.result_key(order, row.checkpoint, row.target) for order in row.likelihood_orders}
@@ -78,7 +98,7 @@ def run(plan: Plan, console: Console | None = None) -> Path | None:
     rows = plan.rows
     page = plan.report / "report.html"
     todo = [row for row in rows if not plan.is_done(row)]
-    if not todo and (page.exists() or not plan.is_scored_here):
+    if not todo and (page.exists() or not plan.is_scored):
         console.say(f"everything is done: {len(rows)} rows at scale {plan.scale.name}, seed {plan.seed}")
         _print_table(plan, console)
         return _say_where(plan, console)
@@ -89,7 +109,7 @@ def run(plan: Plan, console: Console | None = None) -> Path | None:
         return None
     if not is_main_process():
         return None
-    if plan.is_scored_here:
+    if plan.is_scored:
         data = collect(rows, plan.scale, plan.runs, plan.seed)
         build(with_comparisons(data, plan.scale, plan.runs, plan.seed), plan.report)
     _print_table(plan, console)
@@ -99,10 +119,12 @@ def run(plan: Plan, console: Console | None = None) -> Path | None:
 
 def _say_where(plan: Plan, console: Console) -> Path | None:
     page = plan.report / "report.html"
-    if plan.is_scored_here:
+    if plan.is_scored:
         console.say(f"report: {page}")
         return page
-    console.say(f"samples lie in {plan.runs}/<run>@{plan.scale.name}/seed{plan.seed}/samples; scoring them: docs/cluster.md")
+    console.say(
+        f"samples lie in {plan.runs}/<run>@{plan.scale.name}/seed{plan.seed}/samples; --reference FILE scores them: docs/cluster.md"
+    )
     return None
 
 
@@ -113,6 +135,8 @@ def work(plan: Plan, console: Console | None = None) -> str:
     """
     console = console or Console()
     todo = [row for row in plan.rows if not plan.is_done(row)]
+    if plan.reference is not None:
+        score.check(plan.reference)
     with world() as here:
         here.barrier()  # what is done is the same question for all
         for run_name in dict.fromkeys(row.run for row in todo):
@@ -135,6 +159,7 @@ def job_plans(
     data: Path | None = None,
     start: Path | None = None,
     tokenizer: str | None = None,
+    reference: Path | None = None,
 ) -> list[Plan]:
     """The rows as plans that may run at the same time: rows that share a run, or a run theirs needs, share a plan."""
 
@@ -150,13 +175,13 @@ def job_plans(
         groups.append((shared, group))
     order = {row.id: place for place, row in enumerate(rows)}
     sorted_groups = sorted((sorted(group, key=lambda row: order[row.id]) for _, group in groups), key=lambda group: order[group[0].id])
-    return [Plan(group, scale, runs, seed, data and data.absolute(), start and start.absolute(), tokenizer) for group in sorted_groups]
+    places = (data and data.absolute(), start and start.absolute(), tokenizer, reference and reference.absolute())
+    return [Plan(group, scale, runs, seed, *places) for group in sorted_groups]
 
 
-def dry_run(rows: list[Row], scale_name: str, seed: int) -> dict[str, Any]:
+def dry_run(rows: list[Row], scale: Scale, seed: int) -> dict[str, Any]:
     """The cost of every run and row, without data, GPU or a single step."""
-    scale = scale_named(scale_name)
-    configs = {run: resolve(run, scale_name, seed) for run in dict.fromkeys(row.run for row in rows)}
+    configs = {run: resolve(run, scale.name, seed) for run in dict.fromkeys(row.run for row in rows)}
     samplers = {
         f"{sampler}, {images:,} images": cost.sampling_cost(
             scale.model, SampleConfig.model_validate({"sampler": sampler, "images": images, "batch": scale.sample_batch}), scale
@@ -192,8 +217,8 @@ def _carry_out(row: Row, plan: Plan, console: Console, title: str) -> None:
     """Sample and score one row in all its variants, measure its likelihood, then print its line."""
     folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
     for out in _sample(row, plan, console, title):
-        if plan.is_scored_here:
-            score.run(folder.root, samples=[out.name])
+        if plan.is_scored:
+            score.run(folder.root, samples=[out.name], reference=plan.reference)
     likelihood.run(folder.root, row.likelihood_orders, checkpoint=row.checkpoint, target=row.target)
     console.say(_line(row, plan))
 
@@ -211,14 +236,15 @@ def _line(row: Row, plan: Plan) -> str:
     keys = [likelihood.result_key(order, row.checkpoint, row.target) for order in row.likelihood_orders[:1]]
     nll = "".join(f"{_likelihoods(folder)[key]['nll_per_token']:.3f}" for key in keys)
     paper = f"{row.source.fid:g}" if row.source.fid is not None else ""
-    if not plan.is_scored_here:
+    if not plan.is_scored:
         return f"{row.id:<45} NLL {nll:>6}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}".rstrip()
     scored = read_json(folder.scores)[sample.sample_name(sample_config(row, plan.scale, plan.seed), row.checkpoint)]
     values = {record["metric"]: record for record in scored["records"]}
-    distance, agreement = values["FD-fashion"], values["label agreement"]["value"]
+    distance = next(record for record in scored["records"] if is_distance(record))
+    agreement = f"  labels {values['label agreement']['value']:4.0%}" if "label agreement" in values else ""
     return (
-        f"{row.id:<45} FD-fashion {distance['value']:7.2f} ± {distance['standard_error']:.2f}"
-        f"  labels {agreement:4.0%}  NLL {nll:>6}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}"
+        f"{row.id:<45} {distance['metric']} {distance['value']:7.2f} ± {distance['standard_error']:.2f}"
+        f"{agreement}  NLL {nll:>6}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}"
     ).rstrip()
 
 

@@ -60,7 +60,7 @@ def test_a_set_against_itself_differs_by_nothing():
 
 def test_files_are_compared_at_equal_n_with_a_warning(tmp_path, monkeypatch):
     network = Tiny()
-    monkeypatch.setattr(compare, "network_for", lambda samples, name: network)
+    monkeypatch.setattr(compare, "network_for", lambda *_: network)
     for name, count, seed, labels, note in (
         ("a", 40, 1, np.arange(40) % 4, {"seeds": [0]}),
         ("b", 48, 2, np.arange(48) % 4, {"seeds": [0]}),

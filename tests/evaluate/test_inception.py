@@ -20,11 +20,16 @@ def fixture() -> dict[str, np.ndarray]:
     return dict(np.load(FIXTURES / "inception_randw.npz"))
 
 
-@pytest.fixture(scope="module")
-def state() -> dict[str, torch.Tensor]:
+def seeded_weights() -> dict[str, torch.Tensor]:
+    """Weights of the network's names and shapes that are not the field's."""
     shapes = json.loads((FIXTURES / "inception_state_dict_shapes.json").read_text())
     weights = runpy.run_path(str(FIXTURES / "recipes.py"))["inception_weights"](shapes)
     return {name: torch.as_tensor(array) for name, array in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return seeded_weights()
 
 
 @pytest.fixture(scope="module")

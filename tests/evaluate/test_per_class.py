@@ -9,7 +9,7 @@ from PIL import Image
 from orderlab.data.imagenet import stored_names, wordnet_ids
 from orderlab.data.npz import NpzWriter
 from orderlab.errors import UserError
-from orderlab.evaluate import score_samples
+from orderlab.evaluate import score
 from orderlab.evaluate.frechet import moments
 from orderlab.evaluate.memorisation import nearer_share, nearest
 from orderlab.evaluate.per_class import per_class
@@ -58,28 +58,28 @@ def write_npz(file: Path, labels: np.ndarray, names: tuple[str, ...] | None, is_
 
 def test_classes_are_paired_by_name_not_by_number(tmp_path, monkeypatch):
     """A fine-tune of ImageNet-1K has its own rows for the hundred classes that a reference of ImageNet-100 counts from 0."""
-    monkeypatch.setattr("orderlab.evaluate.score_samples.network_for", lambda samples, name: Tiny())
+    monkeypatch.setattr("orderlab.evaluate.score.network_for", lambda *_: Tiny())
     thousand, hundred = wordnet_ids("imagenet1k"), wordnet_ids("imagenet100")
     chosen = [hundred[0], hundred[99]]
     rows = np.array([thousand.index(name) for name in chosen])
     reference = write_npz(tmp_path / "r.npz", np.arange(60) % 2 * 99, hundred, True)
     samples = write_npz(tmp_path / "s.npz", rows[np.arange(40) % 2], thousand, False)
-    result = score_samples.run(samples, reference=reference, has_classes=True)["s.npz"]
+    result = score.measure(samples, reference=reference, has_classes=True)["s.npz"]
     assert [row["label"] for row in result["classes"]] == rows.tolist()
     swapped = write_npz(tmp_path / "x.npz", rows[1 - np.arange(40) % 2], thousand, False)
-    wrong = score_samples.run(swapped, reference=reference, has_classes=True)["x.npz"]
+    wrong = score.measure(swapped, reference=reference, has_classes=True)["x.npz"]
     assert min(row["kid"] for row in wrong["classes"]) > 20 * max(abs(row["kid"]) for row in result["classes"])
     assert not [line for line in result["warnings"] if "number" in line]
     nameless = write_npz(tmp_path / "n.npz", rows[np.arange(40) % 2], None, False)
     with pytest.raises(UserError, match=r"n\.npz has labels .* where 100 classes are numbered"):
-        score_samples.run(nameless, reference=reference, has_classes=True)
+        score.measure(nameless, reference=reference, has_classes=True)
     low = write_npz(tmp_path / "l.npz", np.arange(40) % 2 * 99, None, False)
-    result = score_samples.run(low, reference=reference, has_classes=True)["l.npz"]
+    result = score.measure(low, reference=reference, has_classes=True)["l.npz"]
     assert [line for line in result["warnings"] if "l.npz does not say which classes its labels number" in line]
 
 
 def test_a_folder_of_png_as_llamagens_sampler_leaves_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("orderlab.evaluate.score_samples.network_for", lambda samples, name: Tiny())
+    monkeypatch.setattr("orderlab.evaluate.score.network_for", lambda *_: Tiny())
     reference = write_npz(tmp_path / "r.npz", np.arange(60) % 2, None, True)
     images = noise(12, 5)
     (tmp_path / "out").mkdir()
@@ -88,10 +88,10 @@ def test_a_folder_of_png_as_llamagens_sampler_leaves_one(tmp_path, monkeypatch):
     (tmp_path / "out/._000000.png").write_bytes(b"macOS")
     samples = load_samples(tmp_path / "out")[0]
     assert np.array_equal(np.concatenate(list(samples.images())), images)
-    result = score_samples.run(tmp_path / "out", reference=reference)["out (12 image files, labels unknown)"]
+    result = score.measure(tmp_path / "out", reference=reference)["out (12 image files, labels unknown)"]
     assert {record["label_mode"] for record in result["records"]} == {"unknown"}
     with pytest.raises(UserError, match=r"out \(12 image files, labels unknown\) has no labels"):
-        score_samples.run(tmp_path / "out", reference=reference, has_classes=True)
+        score.measure(tmp_path / "out", reference=reference, has_classes=True)
 
 
 def test_nearest_rows_are_found_across_tiles(monkeypatch):

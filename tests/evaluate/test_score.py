@@ -1,43 +1,63 @@
-"""The records of a Fashion-MNIST score: each number is of the features and the reference that it names."""
+"""The records of a run's score: each number is of the features and the reference that it names."""
 
 import numpy as np
 import pytest
 
-from orderlab.evaluate.frechet import frechet_distance_from_features
+from orderlab.evaluate.frechet import frechet_distance_from_features, standard_error
+from orderlab.evaluate.measure import Options, measure_images, reconstruction, scores
 from orderlab.evaluate.metrics import inception_score, precision_recall
-from orderlab.evaluate.score import Reference, References, score_images, score_reconstruction
+from orderlab.evaluate.record import INCEPTION, SHA256_PREFIX, Origin
+from orderlab.evaluate.reference import reference_of
+from orderlab.evaluate.score import References
 from tests.evaluate.tiny import Tiny, noise
 
+OF_A_RUN = Options(has_kid=False, has_agreement=True)
 
-@pytest.fixture(scope="module")
-def references() -> References:
+
+def references(network: Tiny) -> References:
     """Validation images, and darker ones in the place of what the tokenizer makes of them."""
-    network = Tiny()
     real, tokens = noise(80, 1), noise(60, 2) // 2
-    return References(network, Reference("80 real", network(real), "r" * 16), Reference("60 decoded", network(tokens), "t" * 16))  # pyrefly: ignore
+    return References(network, reference_of([real[:50], real[50:]], "80 real", network), reference_of([tokens], "60 decoded", network))
 
 
-def test_each_record_is_of_the_reference_that_it_names(references: References) -> None:
-    images, classes = noise(50, 3) // 3, np.arange(50) % 4
-    found = {record.metric: record for record in score_images(images, classes, references)[0]}
-    features, real, tokens = Tiny()(images), references.real.features, references.tokens.features
+def test_each_record_is_of_the_reference_that_it_names() -> None:
+    images, classes, against = noise(50, 3) // 3, np.arange(50) % 4, references(Tiny())
+    measured = measure_images([images[:20], images[20:]], against.network, Origin(), classes, 50)
+    records, per_image = scores(measured, against.real, against.network, OF_A_RUN, against.tokens)
+    found = {record.metric: record for record in records}
+    features, real, tokens = Tiny()(images), Tiny()(noise(80, 1)), Tiny()(noise(60, 2) // 2)
     shares = precision_recall(real.pool, features.pool, k=3)
     expected = {
-        "FD-fashion": (frechet_distance_from_features(features.pool, real.pool), "r" * 16),
-        "FD-tok": (frechet_distance_from_features(features.pool, tokens.pool), "t" * 16),
-        "sFD-fashion": (frechet_distance_from_features(features.spatial, real.spatial), "r" * 16),
-        "IS-fashion": (inception_score(features.logits).mean, ""),
-        "precision (fashion)": (shares.precision, "r" * 16),
-        "recall (fashion)": (shares.recall, "r" * 16),
-        "label agreement": (float((features.logits.argmax(1) == classes).mean()), ""),
+        "FD-tiny": (frechet_distance_from_features(features.pool, real.pool), "80 real"),
+        "FD-tok": (frechet_distance_from_features(features.pool, tokens.pool), "60 decoded"),
+        "sFD-tiny": (frechet_distance_from_features(features.spatial, real.spatial), "80 real"),
+        "IS-tiny": (inception_score(features.logits).mean, "none"),
+        "precision (tiny)": (shares.precision, "80 real"),
+        "recall (tiny)": (shares.recall, "80 real"),
+        "label agreement": (float((features.logits.argmax(1) == classes).mean()), "none"),
     }
-    assert {name: (record.value, record.reference_hash) for name, record in found.items()} == {
-        name: (pytest.approx(value, rel=1e-9), digest) for name, (value, digest) in expected.items()
+    assert {name: (record.value, record.reference) for name, record in found.items()} == {
+        name: (pytest.approx(value, rel=1e-6), reference) for name, (value, reference) in expected.items()
     }
     assert len({value for value, _ in expected.values()}) == len(expected)
-    assert [found[name].n_reference for name in ("FD-fashion", "FD-tok", "IS-fashion")] == [80, 60, None]
+    assert [found[name].n_reference for name in ("FD-tiny", "FD-tok", "IS-tiny")] == [80, 60, None]
+    assert list(per_image) == ["FD-tiny", "FD-tok", "sFD-tiny"]
+    assert all(standard_error(values_N) == found[name].standard_error for name, values_N in per_image.items())
 
 
-def test_the_reconstruction_is_the_decoded_tokens_against_the_images(references: References) -> None:
-    (record,) = score_reconstruction(references)
-    assert record.value == pytest.approx(frechet_distance_from_features(references.tokens.features.pool, references.real.features.pool))
+def test_the_reconstruction_is_the_decoded_tokens_against_the_images() -> None:
+    against = references(Tiny())
+    record = reconstruction(against.tokens, against.real, against.network)
+    expected = frechet_distance_from_features(Tiny()(noise(60, 2) // 2).pool, Tiny()(noise(80, 1)).pool)
+    assert (record.metric, record.value) == ("FD-tiny (reconstruction)", pytest.approx(expected, rel=1e-6))
+    assert (record.n, record.n_reference) == (60, 80)
+
+
+def test_with_the_fields_network_decoded_tokens_keep_a_name_of_their_own() -> None:
+    against = references(Tiny(name=INCEPTION, weights_hash=SHA256_PREFIX + "0" * 56))
+    measured = measure_images([noise(50, 3)], against.network, Origin())
+    records, per_image = scores(measured, against.real, against.network, Options(has_kid=False), against.tokens)
+    assert [record.metric for record in records] == ["FID-50", "FID-tok-50", "sFID-50", "IS-50", "precision-50 (fp32)", "recall-50 (fp32)"]
+    assert list(per_image) == ["FID-50", "FID-tok-50", "sFID-50"]
+    assert reconstruction(against.tokens, against.real, against.network).metric == "FID-60 (reconstruction)"
+    assert not any(record.comparable for record in records)

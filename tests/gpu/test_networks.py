@@ -8,10 +8,17 @@ import pytest
 import torch
 
 from orderlab import catalog, load_run, reproduce
-from orderlab.config import OptimConfig
+from orderlab.config import GPTConfig, OptimConfig
+from orderlab.data.prepare import tokenizer
+from orderlab.evaluate.extractors import extractor
+from orderlab.evaluate.features import FashionFeatures
 from orderlab.evaluate.inception import InceptionFeatures
+from orderlab.evaluate.likelihood import nll
+from orderlab.models.gpt import GPT
 from orderlab.models.vq import load_vq
+from orderlab.order.perm import random_orders
 from orderlab.runtime.console import Console
+from orderlab.runtime.dist import own_device
 from orderlab.runtime.files import read_json
 from orderlab.runtime.run import device_name
 from tests.evaluate.test_inception import fixture, state  # noqa: F401  fixtures
@@ -24,9 +31,10 @@ def test_inception_on_seeded_weights_gives_the_fixtures_features(
     fixture: dict[str, np.ndarray],  # noqa: F811
     state: dict[str, torch.Tensor],  # noqa: F811
 ) -> None:
-    """Convolutions in TF32, torch's default on a GPU, are another network: they are off here as they must be in a score."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        features = InceptionFeatures(state, device=str(device))(fixture["images"])
+    """Convolutions in TF32, torch's default on a GPU, are another network: the extractor turns them off for itself, and on again."""
+    before = torch.backends.cudnn.allow_tf32
+    features = InceptionFeatures(state, device=device)(fixture["images"])
+    assert torch.backends.cudnn.allow_tf32 == before
     for name, key in (("pool", "pool"), ("spatial", "spatial"), ("logits", "logits_unbiased")):
         ours, expected = getattr(features, name), fixture[key]
         assert np.abs(ours - expected).max() <= 5e-5 * np.abs(expected).max()
@@ -43,6 +51,29 @@ def test_codes_and_pixels_are_the_cpus(device: torch.device, small_vq: Path) -> 
         torch.testing.assert_close(
             there.decode(found).cpu(), here.decode(expected), atol=1e-6, rtol=0
         )  # a code's row is normalised in fp32
+
+
+def test_a_score_computes_where_the_package_does(device: torch.device, small_vq: Path) -> None:
+    network, vq = extractor("fashion"), tokenizer(str(small_vq), own_device())
+    assert own_device().type == network.device.type == next(network.network.parameters()).device.type == device.type
+    assert next(vq.parameters()).device.type == device.type
+    assert next(tokenizer(str(small_vq)).parameters()).device.type == "cpu", "encoders and training have a copy of their own"
+    images = np.random.default_rng(0).integers(0, 256, (9, 32, 32), dtype=np.uint8)
+    here, there = FashionFeatures()(images), network(images)
+    for name in ("pool", "spatial", "logits"):
+        np.testing.assert_allclose(getattr(there, name), getattr(here, name), rtol=0, atol=1e-4)
+
+
+def test_likelihoods_are_the_cpus_a_few_images_at_a_time(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(GPTConfig(layers=2, heads=2, dim=16, grid=(4, 4), vocabulary=29, classes=5, ffn_hidden=48)).double()
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(model.output.weight, generator=generator)
+    tokens, classes = torch.randint(29, (10, 16), generator=generator), torch.arange(10) % 5
+    order = random_orders(10, 16, generator)
+    expected = nll(model, classes, tokens, order)
+    monkeypatch.setattr("orderlab.models.backbone.LOGITS", 3 * 16 * 29)
+    found = nll(model.to(device), classes.to(device), tokens.to(device), order)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-10, rtol=0)
 
 
 @on_gpu_alone

@@ -9,9 +9,12 @@ import pytest
 from orderlab import catalog
 from orderlab.catalog import SCALES, resolve, variants
 from orderlab.evaluate.arrays import keep_per_image
-from orderlab.evaluate.score import _is_scored
+from orderlab.evaluate.record import INCEPTION, TOKENS, Record
+from orderlab.evaluate.score import is_scored
+from orderlab.report.build import build
 from orderlab.report.collect import _measured_on, collect
 from orderlab.report.data import Value
+from orderlab.runtime.files import write_json
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling.sample import sample_name
 
@@ -130,8 +133,39 @@ def test_scores_stand_while_the_images_are_the_same(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     (folder.samples / "a").mkdir(parents=True)
     (folder.samples / "a/sample.json").write_text(json.dumps({"content": "new"}))
-    entries = {"a": {"content": "new"}, "deleted": {"content": "x"}}
-    assert _is_scored(folder, "a", entries)
-    assert not _is_scored(folder, "a", {"a": {"content": "old"}})
-    assert _is_scored(folder, "deleted", entries)
-    assert not _is_scored(folder, "b", entries)
+    entries = {
+        "a": {"content": "new", "records": [{"reference_hash": "r"}, {"reference_hash": ""}]},
+        "deleted": {"content": "x", "records": []},
+    }
+    assert is_scored(folder, "a", entries)
+    assert not is_scored(folder, "a", {"a": {**entries["a"], "content": "old"}})
+    assert is_scored(folder, "deleted", entries)
+    assert not is_scored(folder, "b", entries)
+    assert is_scored(folder, "a", entries, "r")
+    assert not is_scored(folder, "a", entries, "another reference")
+
+
+def test_at_the_papers_scale_our_distance_stands_beside_the_studys_and_says_why_they_do_not_compare(tmp_path: Path) -> None:
+    row, paper = catalog.row_named("5-fair/rar-300"), SCALES["paper"]
+    own = variants(row, paper)[0]
+    folder = tmp_path / "rar-300@paper/seed0"
+
+    def record(quantity: str, value: float, label: str = "Inception", weights: str = "0" * 64) -> dict[str, object]:
+        network = ("reference", "abc", "adm", "256x256, TensorFlow 1 bilinear to 299", "float64")
+        return Record(quantity, label, value, 0.5, 5000, 5000, INCEPTION, weights, *network).as_dict()
+
+    entry = {"records": [record("FD", 21.31), record("FD", 18.0, TOKENS)], "steps": 256, "seconds_per_image": 0.02}
+    scores = {"tokenizer": [record("rFD", 3.25)], sample_name(own.sample, own.checkpoint): entry}
+    write_json(folder / "scores.json", scores)
+    data = collect([row], paper, tmp_path, 0)
+    (table,) = (table for table in data.tables if table.id == "5-fair")
+    assert table.compare == ("FD-Inception", "FID-5K")
+    build(data, tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| rar-300"))
+    assert "21.3" in line
+    assert "18.0" in line
+    assert "19.61" in line
+    assert "Not comparable with published tables: FD-Inception, FD-tok." in text
+    assert f"network {INCEPTION} with weights 00000000; 5,000 samples; the reference is not known to be ADM's" in text
+    assert "scores FD-Inception 3.25 ± 0.50 against reference (N 5,000)" in text

@@ -19,6 +19,7 @@ from orderlab.data.prepare import decode, tokenizer
 from orderlab.data.tokens import TokenSet
 from orderlab.errors import UserError
 from orderlab.models.vq import tokenizer_hash
+from orderlab.runtime.dist import own_device
 from orderlab.runtime.files import check_replaceable, write_output
 
 CHUNK = 65536  # images at a time
@@ -74,7 +75,7 @@ def picture(token_set: TokenSet, file: Path, items: int, tokenizer_file: str | N
 
     Raises `UserError` when the tokenizer is another than the one the tokens were made with.
     """
-    vq = tokenizer(tokenizer_file or token_set.meta.tokenizer)
+    vq = tokenizer(tokenizer_file or token_set.meta.tokenizer, own_device())
     if len(token_set.meta.tokenizer_hash) == 16 and tokenizer_hash(vq) != token_set.meta.tokenizer_hash:
         raise UserError(
             f"{token_set.folder} was made with tokenizer {token_set.meta.tokenizer} ({token_set.meta.tokenizer_hash}), this one is "

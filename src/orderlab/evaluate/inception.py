@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderlab.errors import UserError
-from orderlab.evaluate.features import SPATIAL_CHANNELS, Features, as_rgb, in_batches
+from orderlab.evaluate.features import SPATIAL_CHANNELS, Features, as_rgb, exact, in_batches
 from orderlab.models.weights import load_state, read_pickle, weights_hash
 
 SIDE = 299
@@ -193,7 +193,9 @@ class InceptionFeatures:
     label = "Inception"
     resize = "TensorFlow 1 bilinear to 299"
 
-    def __init__(self, state: Mapping[str, Tensor], file_hash: str = "", source: str | Path = "in memory", device: str = "cpu"):
+    def __init__(
+        self, state: Mapping[str, Tensor], file_hash: str = "", source: str | Path = "in memory", device: str | torch.device = "cpu"
+    ):
         self.device = torch.device(device)
         with torch.device("meta"):
             network = Inception()
@@ -214,11 +216,12 @@ class InceptionFeatures:
     @torch.inference_mode()
     def _features(self, images: np.ndarray) -> Features:
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float()
-        pool, spatial, logits = self.network(pixels.contiguous(memory_format=torch.channels_last))
+        with exact(self.device):
+            pool, spatial, logits = self.network(pixels.contiguous(memory_format=torch.channels_last))
         return Features(pool.cpu().numpy(), spatial.permute(0, 2, 3, 1).flatten(1).cpu().numpy(), logits.cpu().numpy())
 
 
-def read_inception(file: str | Path, file_hash: str, device: str = "cpu") -> InceptionFeatures:
+def read_inception(file: str | Path, file_hash: str, device: str | torch.device = "cpu") -> InceptionFeatures:
     """The network with the weights of a file whose SHA-256 is known. Raises UserError for a file of another kind."""
     state = read_pickle(Path(file), "Inception weights")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

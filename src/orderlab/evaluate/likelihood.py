@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from orderlab.config import LEARNED, PATHLESS
 from orderlab.data.prepare import token_sets
@@ -32,6 +31,7 @@ from orderlab.models.masked import MaskedModel
 from orderlab.models.ordered_gpt import OrderedGPT
 from orderlab.order.paths import parse_order_name, path
 from orderlab.order.perm import as_batch, highest, in_two_groups, to_grid, to_steps
+from orderlab.runtime.dist import own_device
 from orderlab.runtime.files import add_to_json, read_json
 from orderlab.runtime.keys import generator, key
 from orderlab.runtime.run import RunFolder
@@ -61,8 +61,7 @@ def nll(model: GPT | MaskedModel, classes: Tensor, tokens: Tensor, order: Tensor
         return to_grid(nll_by_steps(model, classes, tokens, order_BT), order_BT)
     tokens_BT = to_steps(tokens, order_BT)
     with model.evaluating():
-        logits_BTV = model(classes, tokens_BT, order_BT, target=target)
-    nll_BT = F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten(), reduction="none").view_as(tokens_BT)
+        nll_BT = model.token_nll(model.hidden(classes, tokens_BT, order_BT, target=target), tokens_BT)
     return to_grid(nll_BT, order_BT)
 
 
@@ -96,7 +95,7 @@ def run(run_dir: str | Path, orders: Sequence[str], *, checkpoint: str = "final"
     results: dict[str, dict[str, Any]] = read_json(file) if file.exists() else {}
     keys = {name: result_key(name, checkpoint, target) for name in names}
     if any(key not in results for key in keys.values()):
-        model = load_model(folder.checkpoints / f"{checkpoint}.safetensors")
+        model = load_model(folder.checkpoints / f"{checkpoint}.safetensors").to(own_device())
         _, validation = token_sets(config.data, config.model.grid, folder.cache)
         for name, result in keys.items():
             if result not in results:
@@ -120,7 +119,7 @@ def measure(model: ImageModel, token_set: TokenSet, order_name: str, *, target: 
     chosen = evenly_spaced(len(token_set), MASKED_IMAGES if isinstance(model, MaskedModel) else len(token_set))
     for indices in np.split(chosen, range(BATCH, len(chosen), BATCH)):
         classes_B, tokens_BP = token_set.read(indices)
-        order_BT = order_of(classes_B, torch.from_numpy(indices))
+        order_BT = order_of(classes_B, torch.from_numpy(indices)).cpu()
         nll_BP = nll(body, classes_B.to(device), tokens_BP.to(device), order_BT.to(device), target=target).double().cpu()
         by_position.append(nll_BP)
         by_step.append(to_steps(nll_BP, order_BT))

@@ -16,11 +16,11 @@ import numpy as np
 
 from orderlab.errors import UserError
 from orderlab.evaluate.features import FeatureExtractor, Features, concatenate
-from orderlab.evaluate.frechet import Moments, frechet_distance_to, frechet_standard_error, moments
+from orderlab.evaluate.frechet import Moments, frechet_distance_to, frechet_influence, moments, standard_error
 from orderlab.evaluate.kernels import mmd
 from orderlab.evaluate.metrics import inception_score
 from orderlab.evaluate.neighbours import PRMode, density_coverage, precision_recall
-from orderlab.evaluate.record import INCEPTION, Origin, Record
+from orderlab.evaluate.record import INCEPTION, TOKENS, Origin, Record
 from orderlab.evaluate.reference import Reference
 
 MMD_ROWS = 10_000
@@ -47,6 +47,9 @@ class Options:
     """shuffle before Inception Score, as torch-fidelity does; ADM does not"""
     has_density: bool = False
     """density and coverage too"""
+    has_kid: bool = True
+    has_agreement: bool = False
+    """how often the network sees the intended class, where its classes are the samples'"""
 
 
 def measure_images(
@@ -94,18 +97,39 @@ def image_order(labels_N: np.ndarray | None, logits_NK: np.ndarray) -> str:
 
 def records(measured: Measured, reference: Reference, network: FeatureExtractor, options: Options | None = None) -> list[Record]:
     """Every metric that the network and the reference allow."""
+    return scores(measured, reference, network, options)[0]
+
+
+def scores(
+    measured: Measured, reference: Reference, network: FeatureExtractor, options: Options | None = None, tokens: Reference | None = None
+) -> tuple[list[Record], dict[str, np.ndarray]]:
+    """The same, and by the name of each distance what each image adds to it [N]. `tokens` are decoded validation images: they give FD-tok."""
     options = options or Options()
     writer = _Writer(measured, reference, network)
     features = measured.features
-    writer.frechet("FD", features.pool, reference.pool)
+    own = moments(features.pool)
+    writer.frechet("FD", features.pool, own, reference.pool)
+    if tokens is not None:
+        writer.frechet("FD", features.pool, own, tokens.pool, reference=tokens, label=TOKENS)
     if reference.spatial is not None and features.spatial.shape[1]:
-        writer.frechet("sFD", features.spatial, reference.spatial)
+        writer.frechet("sFD", features.spatial, moments(features.spatial), reference.spatial)
     if features.logits.shape[1] > 1:
         score = inception_score(features.logits, SPLIT, options.shuffle_seed)
         writer.add("IS", score.mean, score.se, protocol="adm" if options.shuffle_seed is None else "custom", is_referenced=False)
     if reference.features_MD is not None:
         writer.neighbours(reference.features_MD, options)
-    return writer.records
+    if options.has_agreement:
+        writer.agreement()
+    return writer.records, writer.per_image
+
+
+def reconstruction(tokens: Reference, reference: Reference, network: FeatureExtractor) -> Record:
+    """The tokenizer's own Fréchet distance: decoded validation images against the reference. No model can be expected below it."""
+    assert tokens.features_MD is not None
+    none = np.zeros((len(tokens.features_MD), 0), np.float32)
+    writer = _Writer(Measured(Features(tokens.features_MD, none, none), Origin(), network.resize), reference, network)
+    writer.frechet("rFD", tokens.features_MD, tokens.pool, reference.pool)
+    return writer.records[0]
 
 
 class _Writer:
@@ -114,6 +138,7 @@ class _Writer:
     def __init__(self, measured: Measured, reference: Reference, network: FeatureExtractor):
         self.measured, self.reference, self.network = measured, reference, network
         self.records: list[Record] = []
+        self.per_image: dict[str, np.ndarray] = {}
 
     def add(
         self,
@@ -125,20 +150,23 @@ class _Writer:
         dtype: str = "float64",
         n: int | None = None,
         n_reference: int | None = None,
+        reference: Reference | None = None,
+        label: str = "",
         is_referenced: bool = True,
     ) -> None:
+        reference = reference or self.reference
         self.records.append(
             Record(
                 quantity=quantity,
-                label=self.network.label,
+                label=label or self.network.label,
                 value=float(value),
                 standard_error=None if error is None else float(error),
                 n=n or len(self.measured.features),
                 n_reference=n_reference,
                 network=self.network.name,
                 weights_hash=self.network.weights_hash,
-                reference=self.reference.name if is_referenced else "none",
-                reference_hash=self.reference.hash if is_referenced else "",
+                reference=reference.name if is_referenced else "none",
+                reference_hash=reference.hash if is_referenced else "",
                 protocol=protocol if self.network.name == INCEPTION else "custom",
                 resize=self.measured.resize,
                 dtype=dtype,
@@ -146,11 +174,20 @@ class _Writer:
             )
         )
 
-    def frechet(self, quantity: str, features_ND: np.ndarray, reference: Moments) -> None:
-        own = moments(features_ND)
-        value = frechet_distance_to(features_ND, reference.mean, reference.covariance, own)
-        error = frechet_standard_error(features_ND, reference.mean, reference.covariance, own)
-        self.add(quantity, value, error, protocol="adm", n_reference=reference.count or None)
+    def frechet(
+        self, quantity: str, features_ND: np.ndarray, own: Moments, against: Moments, *, reference: Reference | None = None, label: str = ""
+    ) -> None:
+        value = frechet_distance_to(features_ND, against.mean, against.covariance, own)
+        influence_N = frechet_influence(features_ND, against.mean, against.covariance, own)
+        count = against.count or None
+        self.add(quantity, value, standard_error(influence_N), protocol="adm", n_reference=count, reference=reference, label=label)
+        self.per_image[self.records[-1].metric] = influence_N
+
+    def agreement(self) -> None:
+        agrees_N = self.measured.features.logits.argmax(1) == self.measured.labels_N
+        share = float(agrees_N.mean())
+        error = (share * (1 - share) / len(agrees_N)) ** 0.5
+        self.add("label agreement", share, error, protocol="custom", is_referenced=False)
 
     def neighbours(self, reference_MD: np.ndarray, options: Options) -> None:
         pool_ND, count = self.measured.features.pool, len(reference_MD)
@@ -161,9 +198,10 @@ class _Writer:
             ("recall", shares.recall, shares.recall_se),
         ):
             self.add(quantity, value, error, protocol=protocol, dtype=dtype, n_reference=count)
-        few_ND, few_MD = spread(pool_ND), spread(reference_MD)
-        distance = mmd(few_ND, few_MD)
-        self.add("KID", distance.value, distance.se, protocol="custom", n=len(few_ND), n_reference=len(few_MD))
+        if options.has_kid:
+            few_ND, few_MD = spread(pool_ND), spread(reference_MD)
+            distance = mmd(few_ND, few_MD)
+            self.add("KID", distance.value, distance.se, protocol="custom", n=len(few_ND), n_reference=len(few_MD))
         if options.has_density:
             result = density_coverage(reference_MD, pool_ND)
             self.add("density", result.density, result.density_se, protocol="custom", n_reference=count)

@@ -22,6 +22,7 @@ from orderlab.data.prepare import decode, token_sets, tokenizer
 from orderlab.errors import UserError
 from orderlab.evaluate.samples import Samples, load_samples, network_for
 from orderlab.report.images import png_bytes
+from orderlab.runtime.dist import own_device
 from orderlab.runtime.files import check_replaceable, write_output
 from orderlab.runtime.run import RunFolder, run_of
 from orderlab.sampling.sample import SampleSet
@@ -72,7 +73,7 @@ def run(folder: Path, *, picture: Path | None = None, network: str | None = None
     sets_run = run_of(samples.folder)
     config = sets_run.config()
     training, validation = token_sets(config.data, config.model.grid, sets_run.cache)
-    seen, vq = network_for(samples, network), tokenizer(config.data.tokenizer)
+    seen, vq = network_for(samples.size, network), tokenizer(config.data.tokenizer, own_device())
     train_MP, validation_MP = (token_set.read(np.arange(len(token_set)))[1].numpy() for token_set in (training, validation))
     tokens_NP = SampleSet(samples.folder).tokens_NP
 

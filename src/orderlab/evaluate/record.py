@@ -21,6 +21,7 @@ FIELD_SAMPLES = 50_000
 FIELD_RESIZE = "256x256, TensorFlow 1 bilinear to 299"
 FIELD_NAMES = {"FD": "FID", "sFD": "sFID"}
 REFERENCED = ("FD", "sFD", "precision", "recall")
+TOKENS = "tok"  # the label of a distance to decoded validation tokens
 # SHA-256 of reference files that are known to be ADM's. Files proved on this machine are added by `orderlab reference verify`.
 KNOWN_REFERENCES: frozenset[str] = frozenset()
 
@@ -105,8 +106,10 @@ class Record:
 
 def metric_name(quantity: str, label: str, network: str, weights_hash: str, n: int) -> str:
     """The name of a number that published ones do not compare with: FID-5K with the field's network, FD-<label> with another."""
+    if quantity == "rFD":
+        return f"{metric_name('FD', label, network, weights_hash, n)} (reconstruction)"
     if network == INCEPTION and weights_hash.startswith(SHA256_PREFIX):
-        return f"{FIELD_NAMES.get(quantity, quantity)}-{short_count(n)}"
+        return f"{FIELD_NAMES.get(quantity, quantity)}{'-tok' if label == TOKENS else ''}-{short_count(n)}"
     if quantity in ("FD", "sFD", "KID", "IS"):
         return f"{quantity}-{label}"
     return f"{quantity} ({label})" if quantity in ("precision", "recall", "density", "coverage") else quantity

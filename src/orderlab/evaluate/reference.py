@@ -8,7 +8,8 @@ D feature dimension · M reference rows · N images
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from orderlab.data.imagenet import ClassNames, read_names, stored_names
 from orderlab.data.images import ImageSource, image_batches
 from orderlab.data.npz import NpzFile, NpzWriter
 from orderlab.errors import UserError
-from orderlab.evaluate.features import FeatureExtractor
-from orderlab.evaluate.frechet import MomentAccumulator, Moments
+from orderlab.evaluate.features import FeatureExtractor, concatenate
+from orderlab.evaluate.frechet import MomentAccumulator, Moments, moments
 from orderlab.evaluate.record import INCEPTION
 from orderlab.evaluate.weights import cache_folder, file_sha256
 from orderlab.runtime.files import remove
@@ -43,6 +44,29 @@ class Reference:
     labels_M: np.ndarray | None = None
     class_names: ClassNames | None = None
     """what the labels number"""
+
+
+def reference_of(
+    batches: Iterable[np.ndarray],
+    name: str,
+    network: FeatureExtractor,
+    labels_M: np.ndarray | None = None,
+    class_names: ClassNames | None = None,
+) -> Reference:
+    """A reference of images at hand, uint8 batches [B,H,W] or [B,H,W,3]; its hash is that of their pixels."""
+    digest, parts = hashlib.sha256(), []
+    for images in batches:
+        digest.update(np.ascontiguousarray(images).tobytes())
+        parts.append(network(images))
+    features = concatenate(parts)
+    spatial = moments(features.spatial) if features.spatial.shape[1] else None
+    return Reference(name, digest.hexdigest()[:16], moments(features.pool), spatial, features.pool, labels_M, class_names)
+
+
+def network_of(file: str | Path) -> str:
+    """The feature network that a reference file was made with; ADM's files do not say it, and are of Inception."""
+    with NpzFile(Path(file)) as npz:
+        return str(npz.note().get("network", INCEPTION))
 
 
 def read_reference(file: str | Path, network: FeatureExtractor, has_features: bool = True) -> Reference:

@@ -5,7 +5,6 @@ N images · H, W pixels
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,20 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from orderlab.data.fashion import CLASSES, load_fashion
+from orderlab.config import DataConfig
+from orderlab.data.fashion import CLASSES
 from orderlab.data.imagenet import ClassNames, read_names
 from orderlab.data.images import image_batches
 from orderlab.data.npz import NpzFile
-from orderlab.data.prepare import tokenizer
+from orderlab.data.prepare import fashion_images, tokenizer
 from orderlab.data.sources import SUFFIXES
 from orderlab.errors import UserError
-from orderlab.evaluate.extractors import default_network
+from orderlab.evaluate.extractors import EfficientNetLite0, default_network
 from orderlab.evaluate.extractors import extractor as load_network
 from orderlab.evaluate.features import FashionFeatures, FeatureExtractor
-from orderlab.evaluate.frechet import moments
 from orderlab.evaluate.measure import Measured, measure_images
-from orderlab.evaluate.record import Origin
-from orderlab.evaluate.reference import BATCH, Reference, read_reference
+from orderlab.evaluate.record import INCEPTION, Origin
+from orderlab.evaluate.reference import BATCH, Reference, network_of, read_reference, reference_of
+from orderlab.runtime.dist import own_device
 from orderlab.runtime.run import run_of
 from orderlab.sampling.export import decoded
 from orderlab.sampling.sample import SampleSet
@@ -50,6 +50,10 @@ class Samples:
     class_names: ClassNames | None = None
     """what the labels number"""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
     def measured(self, network: FeatureExtractor) -> Measured:
         return measure_images(self.images(), network, self.origin, self.labels_N, self.count)
 
@@ -60,11 +64,11 @@ def load_samples(path: str | Path) -> list[Samples]:
     if path.is_file():
         return [_from_npz(path)]
     if (path / "sample.json").exists():
-        return [_from_set(path)]
+        return [from_set(path)]
     if (path / "config.json").exists():
         sets = sorted(file.parent for file in (path / "samples").glob("*/sample.json"))
         if sets:
-            return [_from_set(folder) for folder in sets]
+            return [from_set(folder) for folder in sets]
         raise UserError(f"{path} has no samples; run orderlab sample first")
     if any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
         return [_from_folder(path)]
@@ -110,11 +114,12 @@ def _origin(note: dict[str, Any]) -> Origin:
     return Origin(known["label_mode"], rounding=known["rounding"], resize_before_rounding=known["resize"], seeds=whole)
 
 
-def _from_set(folder: Path) -> Samples:
+def from_set(folder: Path) -> Samples:
+    """A run's sample set, decoded batch by batch by the tokenizer of the run's data. Raises UserError where it is damaged."""
     folder = folder.absolute() if folder.name else Path.cwd()
     samples = SampleSet(folder)
-    vq = tokenizer(run_of(folder).config().data.tokenizer)
-    height, width = next(decoded(samples, vq, "llamagen", None)).shape[1:3]
+    vq = tokenizer(run_of(folder).config().data.tokenizer, own_device())
+    height, width = (side * vq.config.downsampling for side in samples.grid)
     origin = Origin(label_mode=samples.config.labels, rounding="llamagen", resize_before_rounding="none", seeds=(samples.config.seed,))
     labels_N = samples.classes_N.astype(np.int64)
     return Samples(
@@ -130,9 +135,17 @@ def _from_set(folder: Path) -> Samples:
     )
 
 
-def network_for(samples: Samples, name: str | None) -> FeatureExtractor:
-    """The network called `name`, or the one that fits the images' size."""
-    return load_network(name or default_network(samples.height, samples.width))
+NETWORKS = {INCEPTION: "inception", FashionFeatures.name: "fashion", EfficientNetLite0.name: "efficientnet-lite0"}
+
+
+def network_for(size: tuple[int, int], name: str | None, reference: Path | None = None) -> FeatureExtractor:
+    """The network called `name`, else the one that the reference was made with, else the one that fits images of this size."""
+    if name is None and reference is not None:
+        made_by = network_of(reference)
+        if made_by not in NETWORKS:
+            raise UserError(f"{reference} was made with the feature network {made_by}; name its file with --network")
+        name = NETWORKS[made_by]
+    return load_network(name or default_network(*size))
 
 
 def reference_for(file: Path | None, network: FeatureExtractor) -> Reference:
@@ -140,22 +153,12 @@ def reference_for(file: Path | None, network: FeatureExtractor) -> Reference:
     if file is not None:
         return read_reference(file, network)
     if isinstance(network, FashionFeatures):
-        return fashion_reference(network)
+        return fashion_reference(DataConfig(), network)
     raise UserError(f"samples seen by {network.name} need --reference FILE (ADM's npz, or one of orderlab reference)")
 
 
 @lru_cache(maxsize=2)
-def fashion_reference(network: FashionFeatures) -> Reference:
-    """The 5,000 validation images in the package."""
-    images, labels = load_fashion("validation")
-    features = network(images)
-    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()[:16]
-    return Reference(
-        f"{len(images)} validation images",
-        digest,
-        moments(features.pool),
-        moments(features.spatial),
-        features.pool,
-        labels.astype(np.int64),
-        CLASSES,
-    )
+def fashion_reference(data: DataConfig, network: FashionFeatures) -> Reference:
+    """The validation images of a toy scale's data."""
+    images, labels = fashion_images(data, "validation")
+    return reference_of([images], f"{len(images)} validation images", network, labels.astype(np.int64), CLASSES)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from orderlab.errors import UserError
 from orderlab.evaluate.inception import InceptionFeatures, read_inception
+from orderlab.runtime.dist import own_device
 from orderlab.runtime.files import atomic, copy, faults, sweep
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -87,10 +88,10 @@ def how_to_get() -> str:
     )
 
 
-def inception(file: Path | None = None, device: str = "cpu") -> InceptionFeatures:
-    """The field's network: from `file`, else `$ORDERLAB_INCEPTION`, else the cache. Raises UserError when there is none."""
+def inception(file: Path | None = None) -> InceptionFeatures:
+    """The field's network on this process's device: from `file`, else `$ORDERLAB_INCEPTION`, else the cache. Raises UserError when there is none."""
     named = file or (Path(os.environ["ORDERLAB_INCEPTION"]) if os.environ.get("ORDERLAB_INCEPTION") else None)
     found = named or cache_folder() / FILE
     if named is None and not found.exists():
         raise UserError(f"FID needs the Inception weights and {found} does not exist: {how_to_get()}")
-    return read_inception(found, checked_sha256(found), device)
+    return read_inception(found, checked_sha256(found), own_device())

@@ -13,11 +13,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from orderlab.config import GPTConfig
 from orderlab.errors import UserError
 from orderlab.models.transformer import Block, RMSNorm, rope_table
 
+LOGITS = 2**26  # in fp32 at a time, where only what they say of one token is kept: 16 images of 256 tokens of 16,384 codes
 PART_BYTES = 2**23  # of the widest intermediate of a pass on the CPU
 
 
@@ -78,6 +80,15 @@ class Backbone(nn.Module):
         """Logits over the codebook of final-norm states [..., D]: [..., V], in fp32 (or wider)."""
         logits = self.output(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def token_nll(self, hidden_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """-log p of the token that each state predicts, in nats: [B, T]. Logits are there for a few images at a time, never as a whole."""
+        part = max(1, LOGITS // (tokens_BT.shape[1] * self.config.vocabulary))
+        nlls = []
+        for states_BTD, predicted_BT in zip(hidden_BTD.split(part), tokens_BT.split(part)):
+            nll_X = F.cross_entropy(self.head(states_BTD).flatten(0, 1), predicted_BT.flatten(), reduction="none")
+            nlls.append(nll_X.view_as(predicted_BT))
+        return torch.cat(nlls)
 
     def in_parts(self, slots: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The rows of a pass over so many slots: on the CPU a few at a time, elsewhere all at once.

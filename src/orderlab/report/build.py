@@ -27,6 +27,12 @@ FASHION = [
     "The source's numbers are FID-5K and sFID in Inception space, 5,000 ImageNet samples at guidance 2.0. "
     "Rankings may be compared with ours; values may not.",
 ]
+INCEPTION = [
+    "A number with its count in its name (FID-5K) is of Inception's features and so many samples, one with its network (FD-Inception) of other "
+    "weights or another network; FID-tok and FD-tok are measured against decoded validation tokens, which leaves the tokenizer out of the comparison.",
+    "The source's numbers are FID-5K and sFID in Inception space, 5,000 ImageNet samples at guidance 2.0 against a validation reference of its own. "
+    "Values may be compared where ours are FID-5K against the same images, rankings elsewhere.",
+]
 READING = [
     "Each metric is named with its feature network; N is the number of generated images (for NLL: of validation images), "
     "ref of reference images. ± is one standard error of this measurement, not the spread over training seeds; where a cell counts "
@@ -184,7 +190,8 @@ def _render(template: str, data: ReportData, sections: list[Section]) -> str:
 def _reading(data: ReportData) -> list[str]:
     """How to read the numbers; the last note is the one that † links to."""
     is_fashion = any("fashion" in name for table in data.tables for row in table.rows for name in row.metrics)
-    return [*FASHION, *READING] if is_fashion else READING
+    has_scores = any(name.split("-")[0] in ("FID", "FD") for table in data.tables for row in table.rows for name in row.metrics)
+    return [*(FASHION if is_fashion else INCEPTION if has_scores else []), *READING]
 
 
 def _comparison_label(section: Section) -> str:

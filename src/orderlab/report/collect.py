@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from orderlab.catalog import TABLES, Row, Scale, Variant, resolve, row_note, sample_config, shortest_names, variants
+from orderlab.catalog import SCALES, TABLES, Row, Scale, Variant, resolve, row_note, sample_config, shortest_names, variants
 from orderlab.config import AnnealedOrder, RunConfig, SampleConfig
 from orderlab.data.fashion import CLASSES
 from orderlab.data.prepare import decode, tokenizer
@@ -20,6 +20,7 @@ from orderlab.errors import UserError
 from orderlab.evaluate.arrays import read_per_image
 from orderlab.evaluate.diagnosis import verdict
 from orderlab.evaluate.likelihood import result_key
+from orderlab.evaluate.record import TOKENS
 from orderlab.order.coverage import coverage_curve
 from orderlab.order.paths import path
 from orderlab.order.perm import rank
@@ -39,6 +40,7 @@ from orderlab.report.data import Row as ReportRow
 from orderlab.report.images import png_bytes, sample_grid
 from orderlab.report.learned import gallery
 from orderlab.report.verdicts import over_seeds
+from orderlab.runtime.dist import own_device
 from orderlab.runtime.files import read_json, write_output
 from orderlab.runtime.run import RunFolder, code_version
 from orderlab.sampling.sample import SampleSet, sample_name
@@ -50,6 +52,29 @@ PLAYBACK_IMAGES = 6
 def run_folder(runs: Path, run: str, scale: Scale, seed: int) -> RunFolder:
     """runs/<recipe>@<scale>/seed<k>"""
     return RunFolder(runs / f"{run}@{scale.name}" / f"seed{seed}")
+
+
+def report_folder(runs: Path, scale: Scale, seed: int) -> Path:
+    """Reports of another number of images than the scale's own lie apart."""
+    images = "" if scale.sample_images == SCALES.get(scale.name, scale).sample_images else f"-n{scale.sample_images}"
+    return runs / "reports" / f"{scale.name}-seed{seed}{images}"
+
+
+def is_distance(record: dict[str, Any]) -> bool:
+    """Whether a record is the Fréchet distance that rows are ranked by: to images, not to decoded tokens."""
+    return record.get("quantity") == "FD" and record.get("label") != TOKENS
+
+
+def distance_name(scale: Scale, runs: Path, seed: int) -> str:
+    """What that distance is called at a scale: by the network and count of its records, before there are any as the study calls it."""
+    if scale.data.source == "fashion":
+        return "FD-fashion"
+    for file in sorted(runs.glob(f"*@{scale.name}/seed{seed}/scores.json")):
+        for name, scored in read_json(file).items():
+            for record in [] if name == "tokenizer" else scored["records"]:
+                if is_distance(record) and record["n"] == scale.sample_images:
+                    return record["metric"]
+    return "FID-5K"
 
 
 def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
@@ -65,7 +90,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
             title=title,
             intro=_intro(table, scale),
             rows=[read_row(row, scale, runs, seed) for row in rows if row.table == table],
-            compare=("FD-fashion", "FID-5K") if scale.data.source == "fashion" else ("FID-5K", "FID-5K"),
+            compare=(distance_name(scale, runs, seed), "FID-5K"),
         )
         for table, title in TABLES.items()
         if any(row.table == table for row in rows)
@@ -85,7 +110,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
         playback=_playback(rows, scale, runs, seed),
         galleries=[found for found in [gallery(learned)] if found],
         vocabulary=first.model.vocabulary,
-        notes=_notes(configs, scale, runs, seed),
+        notes=_notes(configs, rows, scale, runs, seed),
         commands=[f"orderlab reproduce --scale {scale.name} --rows {' '.join(shortest_names(rows))} --seed {seed}"],
     )
 
@@ -285,7 +310,7 @@ def _images(folder: RunFolder, name: str, count: int) -> np.ndarray | None:
     if not (folder.samples / name / "sample.json").exists():
         return None
     samples = SampleSet(folder.samples / name)
-    return decode(tokenizer(folder.config().data.tokenizer), samples.tokens_NP[:count], samples.grid)
+    return decode(tokenizer(folder.config().data.tokenizer, own_device()), samples.tokens_NP[:count], samples.grid)
 
 
 def save_samples(run_dir: Path, name: str, file: Path) -> None:
@@ -325,18 +350,28 @@ def _playback(rows: list[Row], scale: Scale, runs: Path, seed: int) -> Playback 
     return Playback(entries, labels) if entries else None
 
 
-def _notes(configs: dict[str, RunConfig], scale: Scale, runs: Path, seed: int) -> list[str]:
+def _notes(configs: dict[str, RunConfig], rows: list[Row], scale: Scale, runs: Path, seed: int) -> list[str]:
+    found = [_json(run_folder(runs, run, scale, seed).scores).get("tokenizer", []) for run in configs]
     notes = []
-    for run in configs:
-        for record in _json(run_folder(runs, run, scale, seed).scores).get("tokenizer", [])[:1]:
-            notes.append(
-                f"The tokenizer alone: decoding the validation images' own tokens scores FD-fashion {record['value']:.2f} "
-                f"± {record['standard_error']:.2f} against the images (N {record['n']:,}); no model can be expected below it."
-            )
-            break
-        if notes:
-            break
-    return notes
+    for record in next((records for records in found if records), [])[:1]:
+        against = "the images" if scale.data.source == "fashion" else record["reference"]
+        notes.append(
+            f"The tokenizer alone: decoding the validation images' own tokens scores {record['metric'].removesuffix(' (reconstruction)')} "
+            f"{record['value']:.2f} ± {record['standard_error']:.2f} against {against} (N {record['n']:,}); no model can be expected below it."
+        )
+    return notes if scale.data.source == "fashion" else notes + _why_not_comparable(rows, scale, runs, seed)
+
+
+def _why_not_comparable(rows: list[Row], scale: Scale, runs: Path, seed: int) -> list[str]:
+    """Which of the rows' numbers published tables do not compare with, and why, in the words of their records."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        own = variants(row, scale, seed)[0]
+        scored = _json(run_folder(runs, row.run, scale, seed).scores).get(sample_name(own.sample, own.checkpoint), {})
+        for record in scored.get("records", []):
+            if not record["comparable"]:
+                names.setdefault("; ".join(record["not_comparable"]), []).append(record["metric"])
+    return [f"Not comparable with published tables: {', '.join(dict.fromkeys(metrics))}. Why: {why}." for why, metrics in names.items()]
 
 
 def _json(file: Path) -> dict[str, Any]:

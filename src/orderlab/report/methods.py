@@ -18,7 +18,7 @@ from orderlab.catalog import ROWS, SOURCE_BASELINES, SOURCE_COSTS, SOURCE_GLANCE
 from orderlab.config import LEARNED, AnnealedOrder, FixedOrder, RunConfig
 from orderlab.config_tasks import MaskedTask, OrderHeadTask
 from orderlab.data.prepare import token_sets
-from orderlab.report.collect import read_row, run_folder
+from orderlab.report.collect import distance_name, read_row, run_folder
 from orderlab.report.data import Entry, Sheet, Value
 from orderlab.report.data import Row as Measured
 from orderlab.runtime.files import read_json
@@ -33,10 +33,10 @@ class Runs:
     root: Path
     seed: int
 
-    @property
+    @cached_property
     def metric(self) -> str:
         """The Fréchet distance of this scale, by its full name."""
-        return "FD-fashion" if self.scale.data.source == "fashion" else "FID-5K"
+        return distance_name(self.scale, self.root, self.seed)
 
     def config(self, run: str) -> RunConfig:
         return resolve(run, self.scale.name, self.seed)

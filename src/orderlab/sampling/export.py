@@ -84,7 +84,7 @@ def write_npz(samples: SampleSet, vq: VQ, file: Path, *, rounding: str = "llamag
     """
     check_rules(rounding, size)
     with world() as here:
-        batches = decoded(samples, vq.to(here.device), rounding, size, here)
+        batches = decoded(samples, vq, rounding, size, here)
         if here.is_main:
             _write(samples, batches, file, _note(samples, vq, rounding, size))
         else:

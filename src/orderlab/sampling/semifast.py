@@ -127,8 +127,7 @@ class LogLikelihood:
         device = self.model.norm.weight.device
         classes_B, tokens_BT, order_BT = classes_B.to(device), to_steps(tokens_BP, order_BT).to(device), order_BT.to(device)
         with self.model.evaluating():
-            logits_BTV = self.model(classes_B, tokens_BT, order_BT, target=self.target)
-        return -torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), tokens_BT, reduction="none").mean(1)
+            return -self.model.token_nll(self.model.hidden(classes_B, tokens_BT, order_BT, target=self.target), tokens_BT).mean(1)
 
 
 def phases(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], count: int = 8, **options: Any) -> Made:

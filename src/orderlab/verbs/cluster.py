@@ -21,6 +21,7 @@ def launch(
     data: Path | None = None,
     tokenizer: str | None = None,
     start: Path | None = None,
+    reference: Path | None = None,
     runs: Path = RUNS,
     local: bool = False,
     print: bool = False,
@@ -38,6 +39,7 @@ def launch(
         data: folder of token sets, where the scale's own is elsewhere
         tokenizer: weight file or name of the image tokenizer, in place of the scale's; FILE#ema for averaged weights
         start: weight file that fine-tunes start from
+        reference: npz that ImageNet samples are scored against; without one they are not
         runs: where run folders lie
         local: run here instead, one job after the other, and wait
         print: print the sbatch script; submit nothing
@@ -49,7 +51,7 @@ def launch(
     from orderlab.runtime.launch import Settings, sbatch_script, submit
 
     known = catalog.scale_named(scale)
-    chosen, places = catalog.rows_named(rows, known), (data, start, placed(tokenizer))
+    chosen, places = catalog.rows_named(rows, known), (data, start, placed(tokenizer), reference)
     plans = [plan for seed in numbers(seeds, "--seeds") for plan in job_plans(chosen, known, runs.absolute(), seed, *places)]
     settings = Settings(runs.absolute() / "jobs", gpus, minutes, f"orderlab-{scale}", slurm)
     names = [f"{'+'.join(dict.fromkeys(row.run for row in plan.rows))}, seed {plan.seed}: {len(plan.rows)} rows" for plan in plans]

@@ -35,45 +35,33 @@ def score(
     per_class: bool = False,
     json: bool = False,
 ) -> None:
-    """Score a sample file, or every sample set of a run that has no score yet.
+    """Score a sample file, or every sample set of a run that has no score yet; a run's scores are kept in its scores.json.
+
+    A run's are those of the defaults (an ImageNet run's against --reference); what other options give is printed alone.
 
     Args:
         samples: an npz with uint8 images under arr_0, a run folder, a sample set, or a folder of images (as LlamaGen's sampler leaves one)
         reference: ADM's npz or one of orderlab reference; for 32x32 images the package's validation images when empty
-        network: inception, fashion, efficientnet-lite0 or a TorchScript file; by image size when empty
+        network: inception, fashion, efficientnet-lite0 or a TorchScript file; the reference's, else by image size when empty
         pr_mode: precision and recall in fp32, or adm-fp16 as in published tables
         shuffle: seed to shuffle by before Inception Score; ADM does not shuffle
         density: density and coverage too
         per_class: a table of classes too
         json: print the full records
     """
-    is_file = samples.is_file() or samples.suffix == ".npz" or (samples.is_dir() and not (samples / "config.json").exists())
-    if is_file or reference or network or density or shuffle is not None or per_class or pr_mode != "fp32":
-        _score_samples(samples, reference, network, {"pr_mode": pr_mode, "shuffle_seed": shuffle, "has_density": density}, per_class, json)
-        return
-    from orderlab.evaluate.score import run as measure
+    from orderlab.evaluate import score as module
 
-    results = measure(samples)
+    options = {"pr_mode": pr_mode, "shuffle_seed": shuffle, "has_density": density}
+    if _is_kept(samples, reference, network) and not (density or shuffle is not None or per_class or pr_mode != "fp32"):
+        results = module.run(samples, reference=reference, network=network)
+    else:
+        results = module.measure(samples, reference=reference, network=network, options=options, has_classes=per_class)
     if json:
         print_json(results)
         return
     for name, result in results.items():
         print(name)
-        _print_records(result["records"])
-
-
-def _score_samples(
-    path: Path, reference: Path | None, network: str | None, options: dict[str, Any], has_classes: bool, as_json: bool
-) -> None:
-    from orderlab.evaluate.score_samples import run as measure
-
-    results = measure(path, reference=reference, network=network, options=options, has_classes=has_classes)
-    if as_json:
-        print_json(results)
-        return
-    for name, result in results.items():
-        print(name)
-        for warning in result["warnings"]:
+        for warning in result.get("warnings", []):
             print(f"  warning: {warning}")
         _print_records(result["records"])
         for row in result.get("classes", []):
@@ -81,6 +69,15 @@ def _score_samples(
                 f"  class {row['label']:>4}  KID {row['kid']:9.5f} ± {row['kid_standard_error']:.5f}   FD {row['fd']:9.3f}"
                 f" (as many real images: {row['fd_bias']:.3f})   N {row['n']:,} against {row['n_reference']:,}"
             )
+
+
+def _is_kept(samples: Path, reference: Path | None, network: str | None) -> bool:
+    """Whether scores belong into a run's scores.json: the toy scale's are against the package's images alone."""
+    if samples.is_file() or samples.suffix == ".npz" or (samples.is_dir() and not (samples / "config.json").exists()):
+        return False
+    from orderlab.runtime.run import RunFolder
+
+    return not (reference or network) or RunFolder(samples).config().data.source == "imagenet"
 
 
 def _print_records(records: list[dict[str, Any]]) -> None:
@@ -237,8 +234,9 @@ def bench_metrics(
 def write_npz(folder: Path, file: Path, rounding: str, size: int | None) -> None:
     """A sample set as ADM's image file, by the rules of `orderlab sample`."""
     from orderlab.data.prepare import tokenizer
+    from orderlab.runtime.dist import own_device
     from orderlab.runtime.run import run_of
     from orderlab.sampling.export import write_npz as write
     from orderlab.sampling.sample import SampleSet
 
-    write(SampleSet(folder), tokenizer(run_of(folder).config().data.tokenizer), file, rounding=rounding, size=size)
+    write(SampleSet(folder), tokenizer(run_of(folder).config().data.tokenizer, own_device()), file, rounding=rounding, size=size)

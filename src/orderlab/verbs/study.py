@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orderlab import catalog
-from orderlab.verbs.output import RUNS, Seed, leave_if_stopped, placed, print_cost, print_json, read_state
+from orderlab.verbs.output import RUNS, Count, Seed, leave_if_stopped, placed, print_cost, print_json, read_state
 
 
 def reproduce(
@@ -16,6 +16,8 @@ def reproduce(
     data: Path | None = None,
     tokenizer: str | None = None,
     start: Path | None = None,
+    reference: Path | None = None,
+    images: Count | None = None,
     runs: Path = RUNS,
     dry_run: bool = False,
     json: bool = False,
@@ -29,16 +31,18 @@ def reproduce(
         data: folder of token sets or of IDX files, where the scale's own is elsewhere
         tokenizer: weight file or name of the image tokenizer, in place of the scale's; FILE#ema for averaged weights
         start: weight file that fine-tunes start from (c2i_B_256.pt)
+        reference: npz that ImageNet samples are scored against (ADM's, or one of orderlab reference); without one they are not
+        images: images sampled for each row, in place of the scale's; 50000 for FID
         runs: where run folders lie
         dry_run: print the cost of every run and row; do nothing
         json: print for programs
     """
-    known = catalog.scale_named(scale)
+    known = catalog.sampling(catalog.scale_named(scale), images)
     chosen = catalog.rows_named(rows, known)
     from orderlab import reproduce as module
 
     if dry_run:
-        costs = module.dry_run(chosen, scale, seed)
+        costs = module.dry_run(chosen, known, seed)
         if json:
             print_json(costs)
             return
@@ -51,7 +55,7 @@ def reproduce(
         return
     from orderlab.runtime.console import Console
 
-    plan = module.Plan(chosen, known, runs, seed, data, start, placed(tokenizer))
+    plan = module.Plan(chosen, known, runs, seed, data, start, placed(tokenizer), reference)
     page = module.run(plan, Console(quiet=json))
     if json:
         print_json({"report": str(page) if page else None})
@@ -123,24 +127,32 @@ def show(row: str, /, scale: str = "demo", seed: Seed = 0, dry_run: bool = False
         print_json(shown)
 
 
-def report(scale: str = "demo", rows: tuple[str, ...] = ("2-in100",), seed: Seed = 0, runs: Path = RUNS, out: Path | None = None) -> None:
+def report(
+    scale: str = "demo",
+    rows: tuple[str, ...] = ("2-in100",),
+    seed: Seed = 0,
+    images: Count | None = None,
+    runs: Path = RUNS,
+    out: Path | None = None,
+) -> None:
     """Build report.html and report.md from what the runs hold.
 
     Args:
         scale: the scale of the runs
         rows: rows, tables or runs; "all" for the whole catalogue
         seed: the seed of the runs
+        images: images of a row's sample set, where reproduce was given it
         runs: where run folders lie
         out: folder to write; runs/reports/SCALE-seedK when empty
     """
     from orderlab.report.build import build
-    from orderlab.report.collect import collect
+    from orderlab.report.collect import collect, report_folder
     from orderlab.report.comparisons import with_comparisons
 
-    known = catalog.scale_named(scale)
+    known = catalog.sampling(catalog.scale_named(scale), images)
     chosen = catalog.rows_named(rows, known)
     data = with_comparisons(collect(chosen, known, runs, seed), known, runs, seed)
-    for page in build(data, out or runs / "reports" / f"{scale}-seed{seed}")[:2]:
+    for page in build(data, out or report_folder(runs, known, seed))[:2]:
         print(page)
 
 
