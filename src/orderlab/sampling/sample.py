@@ -115,8 +115,9 @@ def run(
             _tidy(out)
             return out
         model = load_model(weights).to(here.device)
-        exact = config.edited(precision=config.precision or ("bf16" if here.device.type == "cuda" else "fp32"))
-        set_precision(model, exact.precision)
+        precision = config.precision or ("bf16" if here.device.type == "cuda" else "fp32")
+        exact = config.edited(precision=precision)
+        set_precision(model, precision)
         run_config = folder.config()
         method = method_for(model, config, _oracle_value(folder, run_config, here.device) if config.rescore == "oracle" else None)
         classes_N = sample_classes(config, class_rows(run_config.data, run_config.model.classes))
