@@ -23,10 +23,9 @@ WRONG_NUMBERS = ["x", "", "nan", "-1", "9" * 400]
 PLACES = {"row": "raster-300", "rows": "5-fair"}
 ANY_WORD = {"show.scale", "list.scale"}
 WORKS_FIRST = {  # refused only where the file is written, after work; or a place that may be empty
-    *(f"{verb}.out" for verb in ("bench sample", "bench train", "bench metrics", "tokenizer train", "features train", "report")),
+    "report.out",
     *(f"{verb}.runs" for verb in ("list", "report", "compare-methods")),
     "reproduce.start",
-    "tokenizer evaluate.picture",
     "tokenizer evaluate.tokenizer",
 }
 

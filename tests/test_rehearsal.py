@@ -74,6 +74,7 @@ class Seeded(InceptionFeatures):
         return Features(features.pool[:, :64], features.spatial[:, :63], features.logits)
 
 
+@pytest.mark.slow
 def test_rehearsal(
     image_tree: Path, small_vq: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,7 +93,7 @@ def test_codes_are_those_of_each_image_alone(whole: Path, image_tree: Path, smal
     assert len(np.unique(token_set.tokens)) > 5
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_change_no_byte(whole: Path, image_tree: Path, small_vq: Path, tmp_path: Path, processes: int) -> None:
     result = in_process(config(image_tree, small_vq, tmp_path / "train"), tmp_path, processes=processes)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -101,6 +101,7 @@ def test_processes_change_no_byte(whole: Path, image_tree: Path, small_vq: Path,
     assert sorted(p.name for p in (tmp_path / "train").iterdir()) == sorted([*FILES, "broken.txt", "tokenize.json"])
 
 
+@pytest.mark.slow
 def test_a_kill_and_other_numbers_of_processes_change_no_byte(whole: Path, image_tree: Path, small_vq: Path, tmp_path: Path) -> None:
     settings = config(image_tree, small_vq, tmp_path / "train")
     assert in_process(settings, tmp_path, after=4).returncode == -signal.SIGKILL

@@ -106,6 +106,13 @@ def contents(tmp_path: Path) -> dict[str, bytes]:
     return {file.suffix: file.read_bytes() for file in tmp_path.glob("ours.*")}
 
 
+def test_a_place_below_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a user's")
+    for kind in (None, files.FolderKind("token set", ("tokens.npy",), "meta.json", ("grid",))):
+        with pytest.raises(UserError, match="file is no folder"):
+            check_replaceable(tmp_path / "file/below/it", kind=kind)
+
+
 def test_files_of_ours_are_replaced_and_others_are_not(tmp_path: Path) -> None:
     for suffix, content in contents(tmp_path).items():
         check_replaceable(tmp_path / f"ours{suffix}")

@@ -32,6 +32,7 @@ def warned_once(config: RunConfig, folder: Path) -> str:
     return run(config, folder, report=report)
 
 
+@pytest.mark.slow
 def test_a_warned_job_saves_and_is_queued_again(tiny_run: RunConfig, tmp_path: Path) -> None:
     whole, warned = tmp_path / "whole/a/seed0", tmp_path / "warned/a/seed0"
     run(tiny_run, whole)
@@ -45,6 +46,7 @@ def test_a_warned_job_saves_and_is_queued_again(tiny_run: RunConfig, tmp_path: P
     assert_same_to_the_bit(whole, warned)
 
 
+@pytest.mark.slow
 def test_a_row_as_a_local_job_of_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(
         ["launch", "2-in100/raster-baseline", "--scale", "smoke", "--gpus", "2", "--local", "--runs", str(tmp_path), "--minutes", "30"]

@@ -57,6 +57,7 @@ def test_a_batch_is_a_function_of_seed_and_images_seen(tiny_run: RunConfig, tmp_
     assert torch.equal(causal.tokens_BT, first.tokens_BP)  # pyrefly: ignore
 
 
+@pytest.mark.slow
 def test_two_processes_and_micro_batches_equal_one(tiny_run: RunConfig, tmp_path: Path) -> None:
     config = masked(without_dropout(tiny_run))
     one, two, parts = (tmp_path / name / "a/seed0" for name in ("one", "two", "parts"))

@@ -70,6 +70,7 @@ def test_resume_after_kill_9_is_bit_exact(oracle_run: RunConfig, tmp_path: Path)
     assert set(RunFolder(whole).records("validation")[-1]) == {"kind", "images", "val@25", "val@100", "train@25", "train@100"}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(oracle_run: RunConfig, tmp_path: Path) -> None:
     one, two = tmp_path / "one/a/seed0", tmp_path / "two/a/seed0"
     run(oracle_run, one)

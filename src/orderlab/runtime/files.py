@@ -262,6 +262,9 @@ def check_replaceable(target: Path, *inputs: Path, kind: FolderKind | None = Non
         if source == place or (kind and (place in source.parents or source in place.parents)):
             raise UserError(f"{target} is to be written and {source} is read: they are one, or one lies in the other; name another")
     if not place.exists():
+        above = next(folder for folder in place.parents if folder.exists())
+        if not above.is_dir():
+            raise UserError(f"{target} cannot be written: {above} is no folder; name another place")
         return
     if kind is None:
         if place.is_dir():
