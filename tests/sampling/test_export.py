@@ -61,7 +61,7 @@ def run_dir(tmp_path_factory):
 def few_real_images(monkeypatch):
     """200 of the package's validation images as the reference."""
     images, labels = load_fashion("validation")
-    monkeypatch.setattr("orderlab.evaluate.samples.load_fashion", lambda split: (images[:200], labels[:200]))
+    monkeypatch.setattr("orderlab.evaluate.samples.fashion_images", lambda data, split: (images[:200], labels[:200]))
 
 
 @pytest.fixture(scope="module")

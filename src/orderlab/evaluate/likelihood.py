@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def nll(model: GPT | MaskedModel, classes: Tensor, tokens: Tensor, order: Tensor
         return to_grid(nll_by_steps(model, classes, tokens, order_BT), order_BT)
     tokens_BT = to_steps(tokens, order_BT)
     with model.evaluating():
-        nll_BT = model.token_nll(model.hidden(classes, tokens_BT, order_BT, target=target), tokens_BT)
+        nll_BT = model.token_nll(partial(model, target=target), tokens_BT, classes, tokens_BT, order_BT)
     return to_grid(nll_BT, order_BT)
 
 

@@ -42,9 +42,7 @@ def nll_by_steps(model: MaskedModel, classes_B: Tensor, tokens_BP: Tensor, order
 def masked_nll(model: MaskedModel, classes_B: Tensor, tokens_BP: Tensor, is_masked_BP: Tensor) -> Tensor:
     """-log p of each masked token given the visible ones, 0 where a token is visible: [B, P]. Dropout is off."""
     with model.evaluating():
-        hidden_M1D = model.hidden(classes_B, tokens_BP, is_masked_BP)[is_masked_BP][:, None]
-        nll_M = model.token_nll(hidden_M1D, tokens_BP[is_masked_BP][:, None])[:, 0]
-    return torch.zeros_like(is_masked_BP, dtype=nll_M.dtype).masked_scatter(is_masked_BP, nll_M)
+        return model.token_nll(model, tokens_BP, classes_B, tokens_BP, is_masked_BP).masked_fill(~is_masked_BP, 0.0)
 
 
 def any_order_nll(model: MaskedModel, classes_B: Tensor, tokens_BP: Tensor, draws: int, generator: Generator) -> Tensor:

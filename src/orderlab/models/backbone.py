@@ -8,7 +8,7 @@ not in size: the masked one has one row more, its mask token. The models draw no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -81,13 +81,16 @@ class Backbone(nn.Module):
         logits = self.output(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def token_nll(self, hidden_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
-        """-log p of the token that each state predicts, in nats: [B, T]. Logits are there for a few images at a time, never as a whole."""
+    def token_nll(self, predict: Callable[..., Tensor], tokens_BT: Tensor, *inputs: Tensor) -> Tensor:
+        """-log p of the tokens that `predict(*inputs)`, a forward pass, gives logits [B, T, V] for, in nats: [B, T].
+
+        A few images pass at a time: the logits of all are never there at once.
+        """
         part = max(1, LOGITS // (tokens_BT.shape[1] * self.config.vocabulary))
         nlls = []
-        for states_BTD, predicted_BT in zip(hidden_BTD.split(part), tokens_BT.split(part)):
-            nll_X = F.cross_entropy(self.head(states_BTD).flatten(0, 1), predicted_BT.flatten(), reduction="none")
-            nlls.append(nll_X.view_as(predicted_BT))
+        for some_BT, *arguments in zip(*(tensor.split(part) for tensor in (tokens_BT, *inputs))):
+            nll_X = F.cross_entropy(predict(*arguments).flatten(0, 1), some_BT.flatten(), reduction="none")
+            nlls.append(nll_X.view_as(some_BT))
         return torch.cat(nlls)
 
     def in_parts(self, slots: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class LogLikelihood:
         device = self.model.norm.weight.device
         classes_B, tokens_BT, order_BT = classes_B.to(device), to_steps(tokens_BP, order_BT).to(device), order_BT.to(device)
         with self.model.evaluating():
-            return -self.model.token_nll(self.model.hidden(classes_B, tokens_BT, order_BT, target=self.target), tokens_BT).mean(1)
+            return -self.model.token_nll(partial(self.model, target=self.target), tokens_BT, classes_B, tokens_BT, order_BT).mean(1)
 
 
 def phases(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], count: int = 8, **options: Any) -> Made:
