@@ -26,12 +26,13 @@ from orderlab.runtime.files import write_atomically
 PREFIXES = ("_orig_mod.", "module.")
 WRAPPER_KEYS = ("model", "module", "state_dict")  # LlamaGen and DDP, DeepSpeed, Lightning; else the file is the state dict (FSDP)
 PARTS = (*WRAPPER_KEYS, "ema")
+SCALAR: Any = (getattr(np, "_core", None) or np.core).multiarray.scalar  # numpy 1 knows it by its old place
 HARMLESS: list[Any] = [  # beside tensors and containers: LlamaGen's settings, and numpy's numbers by their new name and their old one
     argparse.Namespace,
     np.dtype,
     *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"),
-    np._core.multiarray.scalar,  # pyrefly: ignore
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # pyrefly: ignore
+    (SCALAR, "numpy._core.multiarray.scalar"),
+    (SCALAR, "numpy.core.multiarray.scalar"),
 ]
 log = logging.getLogger("orderlab")
 Module = TypeVar("Module", bound=nn.Module)
