@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orderlab.errors import UserError, reading
-from orderlab.runtime.files import write_arrays
+from orderlab.runtime.files import sweep, write_arrays
 
 Array = np.ndarray | Tensor
 
@@ -46,6 +46,7 @@ def checked_pair(first: Array, second: Array, names: tuple[str, str], dtype: tor
 def keep_per_image(run: Path, name: str, values: Mapping[str, np.ndarray]) -> str:
     """Write arrays [N] by quantity into the run's folder, as float32; returns the file's place in it, for the record."""
     place = f"per_image/{name.replace(':', '-')}.npz"
+    sweep(run / place, is_held=False)
     write_arrays(run / place, {quantity: np.asarray(array, np.float32) for quantity, array in values.items()})
     return place
 

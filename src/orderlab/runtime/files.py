@@ -264,7 +264,7 @@ def check_replaceable(target: Path, *inputs: Path, kind: FolderKind | None = Non
     if not place.exists():
         above = next(folder for folder in place.parents if folder.exists())
         if not above.is_dir():
-            raise UserError(f"{target} cannot be written: {above} is no folder; name another place")
+            raise UserError(f"cannot write {target}: {above} is no folder; name another place")
         return
     if kind is None:
         if place.is_dir():
