@@ -199,7 +199,7 @@ class RunConfig(Frozen):
     @field_validator("compile", mode="before")
     @classmethod
     def _compile_was_a_flag(cls, value: object) -> object:
-        """Configs of before 0.2 say true or false."""
+        """Earlier configs say true, for blocks, or false."""
         return {True: "blocks", False: "off"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
