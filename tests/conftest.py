@@ -12,8 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from orderlab.config import AnnealedOrder, DataConfig, GPTConfig, OptimConfig, RandomOrder, RunConfig
-from orderlab.config_tasks import MaskedTask, OracleTask, OracleUse, OrderHeadConfig, OrderHeadTask
+from orderlab.config import (
+    AnnealedOrder,
+    DataConfig,
+    GPTConfig,
+    MaskedTask,
+    OptimConfig,
+    OracleTask,
+    OracleUse,
+    OrderHeadConfig,
+    OrderHeadTask,
+    RandomOrder,
+    RunConfig,
+)
 from orderlab.data.tokens import TokenMeta, write_token_set
 from orderlab.models.vq import VQ, VQConfig, save_vq
 from orderlab.runtime.files import read_json, write_json
@@ -137,8 +148,8 @@ def every_task(tiny_run: RunConfig, coded_folder: Path, small_vq: Path) -> dict[
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with two rows of Section 2 at a scale smaller than smoke, carried out by `reproduce`."""
-    from orderlab import catalog, reproduce
     from orderlab.runtime.console import Console
+    from orderlab.study import catalog, reproduce
 
     folder = tmp_path_factory.mktemp("runs")
     catalog.SCALES["tiny-test"] = dataclasses.replace(

@@ -10,14 +10,14 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "orderlab"
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
-    {"errors", "frozen", "config", "config_tasks"},
-    {"order", "runtime", "catalog"},
+    {"config"},
+    {"order", "runtime"},
     {"models"},
     {"sampling", "data"},
-    {"evaluate", "report", "cost_tasks"},
+    {"evaluate"},
     {"training"},
-    {"reproduce", "cost", "cost_memory", "cost_tables", "hub", "bench", "results"},
-    {"verbs"},
+    {"study"},
+    {"bench", "verbs"},
     {"cli", "__init__"},
 ]
 FLOOR_OF = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -132,7 +132,7 @@ def test_the_search_for_writers_finds_them() -> None:
 
 
 def test_the_catalogue_needs_no_torch() -> None:
-    code = "import sys, orderlab, orderlab.cli, orderlab.catalog; sys.exit('torch' in sys.modules)"
+    code = "import sys, orderlab, orderlab.cli, orderlab.study.catalog; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from orderlab import catalog, cli
+from orderlab import cli
 from orderlab.runtime.run import RunFolder
+from orderlab.study import catalog
 
 GOLDEN = Path(__file__).parent / "golden" / "flags.json"
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from orderlab import cli
-from orderlab.errors import PeersLost, UserError
+from orderlab.config import PeersLost, UserError
 from orderlab.runtime.run import StopSignal
 from orderlab.training import loop
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from orderlab import catalog, cli
-from orderlab.config import SampleConfig
-from orderlab.errors import UserError
+from orderlab import cli
+from orderlab.config import SampleConfig, UserError
+from orderlab.study import catalog
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}

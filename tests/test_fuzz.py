@@ -23,26 +23,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from orderlab.config import DataConfig, GPTConfig, RunConfig, SampleConfig
-from orderlab.config_tasks import OracleConfig, OrderHeadConfig, OrderHeadTask
-from orderlab.data.check import check
+from orderlab.config import DataConfig, GPTConfig, OracleConfig, OrderHeadConfig, OrderHeadTask, RunConfig, SampleConfig, UserError
 from orderlab.data.fashion import encode_idx, load_fashion
-from orderlab.data.foreign import import_tokens
-from orderlab.data.images import image_batches
+from orderlab.data.foreign import check, import_tokens
+from orderlab.data.images import ImageFile, chosen_classes, image_batches, read_labels
 from orderlab.data.npz import NpzFile, NpzWriter
-from orderlab.data.sources import ImageFile, chosen_classes, read_labels
 from orderlab.data.tokens import TokenMeta, TokenSet
-from orderlab.errors import UserError
-from orderlab.evaluate.features import Features
+from orderlab.evaluate.networks import Features
 from orderlab.evaluate.reference import read_reference
-from orderlab.evaluate.samples import load_samples
-from orderlab.models.checkpoints import load_model
-from orderlab.models.formats import load_gpt, save_gpt, save_masked
-from orderlab.models.gpt import GPT
-from orderlab.models.masked import MaskedModel
+from orderlab.evaluate.score import load_samples
+from orderlab.models.gpt import GPT, MaskedModel
 from orderlab.models.oracle import Oracle, load_oracle, save_oracle
-from orderlab.models.ordered_gpt import OrderedGPT, save_ordered_gpt
+from orderlab.models.order_head import OrderedGPT
 from orderlab.models.vq import VQ, VQConfig, load_vq, save_vq
+from orderlab.models.weights import load_gpt, load_model, save_gpt, save_masked, save_ordered_gpt
 from orderlab.runtime.checkpoint import read_state, save_state
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling.sample import SampleSet

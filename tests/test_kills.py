@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from orderlab import catalog, reproduce
-from orderlab.config import OptimConfig, RunConfig, SampleConfig
+from orderlab.config import OptimConfig, RunConfig, SampleConfig, UserError
 from orderlab.data import tokenize
-from orderlab.errors import UserError
 from orderlab.evaluate.likelihood import result_key
 from orderlab.runtime import files
 from orderlab.runtime.console import Console
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling import sample
+from orderlab.study import catalog, reproduce
 from orderlab.training import loop
 from tests.conftest import make_images
 

@@ -42,8 +42,8 @@ def test_names_are_unique() -> None:
 
 
 def test_an_edit_that_does_not_fit_is_an_error() -> None:
-    mutant = Mutant("a", "errors.py", "test_x.py", "x", "y")
+    mutant = Mutant("a", "config.py", "test_x.py", "x", "y")
     assert mutant.applied("a x b") == "a y b"
     for source in ("", "x x"):
-        with pytest.raises(ValueError, match=f"a: edit no longer applies, its old text stands {source.count('x')} times in errors.py"):
+        with pytest.raises(ValueError, match=f"a: edit no longer applies, its old text stands {source.count('x')} times in config.py"):
             mutant.applied(source)

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orderlab.evaluate.likelihood import nll
-    from orderlab.evaluate.metrics import frechet_distance
-    from orderlab.models.formats import load_gpt
+    from orderlab.evaluate.measure import frechet_distance
     from orderlab.models.gpt import GPT
+    from orderlab.models.weights import load_gpt
     from orderlab.order.coverage import coverage
     from orderlab.order.paths import path
-    from orderlab.results import load_run
     from orderlab.sampling.generate import generate
+    from orderlab.study.hub import load_run
 
 __all__ = ["GPT", "coverage", "frechet_distance", "generate", "load_gpt", "load_run", "nll", "path"]
 
 _HOMES = {
     "GPT": "orderlab.models.gpt",
     "coverage": "orderlab.order.coverage",
-    "frechet_distance": "orderlab.evaluate.metrics",
+    "frechet_distance": "orderlab.evaluate.measure",
     "generate": "orderlab.sampling.generate",
-    "load_gpt": "orderlab.models.formats",
-    "load_run": "orderlab.results",
+    "load_gpt": "orderlab.models.weights",
+    "load_run": "orderlab.study.hub",
     "nll": "orderlab.evaluate.likelihood",
     "path": "orderlab.order.paths",
 }

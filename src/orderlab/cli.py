@@ -25,11 +25,14 @@ import tyro
 from pydantic import ValidationError, validate_call
 from tyro.conf import FlagCreatePairsOff
 
-from orderlab import catalog
-from orderlab.errors import PeersLost, UserError
+from orderlab.config import PeersLost, UserError
 from orderlab.runtime.console import is_main_process
-from orderlab.verbs import cluster, data, hub, oracle, quality, runs, study, tools
-from orderlab.verbs.output import flag_error
+from orderlab.study import catalog
+from orderlab.verbs import data, flag_error, quality, runs, study
+from orderlab.verbs import data as tools
+from orderlab.verbs import runs as oracle
+from orderlab.verbs import study as cluster
+from orderlab.verbs import study as hub
 
 VERBS: dict[str, Callable[..., None]] = {
     "reproduce": study.reproduce,

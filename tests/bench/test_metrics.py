@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from orderlab.bench import metrics as bench
-from orderlab.errors import UserError
+from orderlab.bench import training as bench
+from orderlab.config import UserError
 
 
 def test_every_figure_is_measured_printed_and_written(tmp_path, capsys):
-    result = bench.run(120, 40, repeats=1, stream=1100, out=tmp_path / "m.json")
+    result = bench.run_metrics(120, 40, repeats=1, stream=1100, out=tmp_path / "m.json")
     assert json.loads((tmp_path / "m.json").read_text()) == {"orderlab": "m", **result}
     assert all(seconds > 0 for seconds in result["seconds"].values())
     assert result["seconds"]["fid"] == pytest.approx(result["seconds"]["moments"] + result["seconds"]["distance"])
@@ -21,8 +21,8 @@ def test_every_figure_is_measured_printed_and_written(tmp_path, capsys):
 
 
 def test_without_scipy(capsys):
-    result = bench.run(60, 20, repeats=1, stream=500, has_scipy=False)
+    result = bench.run_metrics(60, 20, repeats=1, stream=500, has_scipy=False)
     assert "sqrtm" not in result["seconds"]
     assert "sqrtm" not in capsys.readouterr().out
     with pytest.raises(UserError, match="more samples than features"):
-        bench.run(20, 20)
+        bench.run_metrics(20, 20)

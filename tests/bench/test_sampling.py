@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from orderlab.bench import sampling as bench
-from orderlab.config import GPTConfig
-from orderlab.errors import UserError
+from orderlab.config import GPTConfig, UserError
 from orderlab.models.gpt import GPT
 
 SMALL = GPTConfig(layers=2, heads=2, dim=64, grid=(16, 16), vocabulary=128, classes=10)

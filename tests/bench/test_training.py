@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from orderlab.bench import training as bench
-from orderlab.config_tasks import MaskedTask, OrderHeadTask
-from orderlab.errors import UserError
+from orderlab.config import MaskedTask, OrderHeadTask, UserError
 
 
 def test_figures_are_measured_and_written(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from orderlab.config import UserError
 from orderlab.data import fashion
 from orderlab.data.fashion import encode_idx, first_of_each_class, load_fashion, read_idx, to_uint8, to_unit_range, write_subset
-from orderlab.errors import UserError
 
 
 def write_folder(folder, per_class: dict, seed: int = 0, suffix: str = "") -> None:

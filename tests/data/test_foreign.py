@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orderlab.data.check import check, picture
-from orderlab.data.foreign import import_tokens
+from orderlab.config import UserError
+from orderlab.data.foreign import check, import_tokens, picture
 from orderlab.data.tokenize import TokenizeConfig, run
 from orderlab.data.tokens import TokenMeta, TokenSet
-from orderlab.errors import UserError
 from tests.conftest import WORDNET_IDS
 
 META = TokenMeta(tokenizer="t", tokenizer_hash="unknown", grid=(4, 4), vocabulary=100, classes=1, images=0, views=[], source="")

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orderlab.data.images import image_batches, read_image
-from orderlab.data.sources import ImageFile, chosen_classes, list_images, read_labels
-from orderlab.errors import UserError
+from orderlab.config import UserError
+from orderlab.data.images import ImageFile, chosen_classes, image_batches, list_images, read_image, read_labels
 from tests.conftest import WORDNET_IDS
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orderlab.config import UserError
 from orderlab.data.npz import NpzFile, NpzWriter
-from orderlab.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "metrics"
 SOUND = dict(np.load(FIXTURES / "adm_ref_tiny.npz"))

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orderlab.data.stored import computed_once
-from orderlab.errors import UserError
+from orderlab.config import UserError
+from orderlab.data.tokens import computed_once
 
 
 class Squares:

@@ -17,11 +17,11 @@ import torch
 from PIL import Image, ImageOps
 from scipy.io import savemat
 
+from orderlab.config import UserError
+from orderlab.data.images import Crops, center_crop, five_crop, list_images, read_labels
 from orderlab.data.prepare import tokenizer
-from orderlab.data.sources import Crops, center_crop, five_crop, list_images, read_labels
 from orderlab.data.tokenize import TokenizeConfig, Work, _begin, _settings, run
 from orderlab.data.tokens import TokenSet
-from orderlab.errors import UserError
 from orderlab.models.vq import load_vq
 from tests.conftest import WORDNET_IDS
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from orderlab.config import UserError
 from orderlab.data.tokens import TokenSet
-from orderlab.errors import UserError
 from tests.conftest import make_token_set
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from orderlab.config import UserError
 from orderlab.data.npz import NpzWriter
-from orderlab.errors import UserError
 from orderlab.evaluate import compare
-from orderlab.evaluate.features import Features
-from orderlab.evaluate.frechet import moments
+from orderlab.evaluate.distances import moments
+from orderlab.evaluate.networks import Features
 from orderlab.evaluate.reference import Reference, make_reference
 from tests.evaluate.test_measure import image_folder
 from tests.evaluate.tiny import Tiny, noise

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from orderlab import catalog
 from orderlab.config import RunConfig
-from orderlab.evaluate.diagnosis import Diagnosis, failure_modes, has_frozen_raster_body, verdict, windows
+from orderlab.evaluate.probes import Diagnosis, failure_modes, has_frozen_raster_body, verdict, windows
 from orderlab.runtime.run import RunFolder
+from orderlab.study import catalog
 
 RASTER = 6.8
 

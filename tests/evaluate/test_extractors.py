@@ -8,10 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orderlab.errors import UserError
-from orderlab.evaluate import extractors
-from orderlab.evaluate.extractors import EfficientNetLite0, TorchScript, default_network, extractor
-from orderlab.evaluate.record import Origin, Record
+from orderlab.config import UserError
+from orderlab.evaluate import networks as extractors
+from orderlab.evaluate.networks import EfficientNetLite0, TorchScript, default_network, extractor
+from orderlab.evaluate.reference import Origin, Record
 from tests.evaluate.tiny import noise
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from orderlab.config import UserError
 from orderlab.data.fashion import ASSETS, load_fashion, to_uint8
-from orderlab.errors import UserError
-from orderlab.evaluate.features import FASHION_WEIGHTS, FashionCNN, FashionFeatures, Features, concatenate, load_fashion_cnn
+from orderlab.evaluate.networks import FASHION_WEIGHTS, FashionCNN, FashionFeatures, Features, concatenate, load_fashion_cnn
 from orderlab.models.vq import PRESETS, load_vq
-from orderlab.training.tokenizer_report import encode_all, in_batches, psnr_of_images
+from orderlab.training.fashion import encode_all, in_batches, psnr_of_images
 
 
 @pytest.fixture(scope="module")

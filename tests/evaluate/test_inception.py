@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.evaluate.inception import Inception, InceptionFeatures, resize_tf1
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "metrics"
@@ -115,7 +115,7 @@ def test_golden_the_real_weights_see_a_military_uniform():
 
     from PIL import Image
 
-    from orderlab.evaluate.weights import inception
+    from orderlab.evaluate.inception import inception
 
     network = inception(Path(os.environ["ORDERLAB_INCEPTION"]))
     photograph = np.asarray(Image.open(str(files("matplotlib") / "mpl-data/sample_data/grace_hopper.jpg")).convert("RGB"))[None]
@@ -134,8 +134,8 @@ ADM = ("ORDERLAB_INCEPTION", "ORDERLAB_ADM_REFERENCE", "ORDERLAB_ADM_SAMPLES")
 @pytest.mark.skipif(not all(name in os.environ for name in ADM), reason=f"{', '.join(ADM)} do not name weights, reference and samples")
 def test_golden_adms_samples_score_adms_numbers(tmp_path, monkeypatch):
     """admnet_guided_upsampled_imagenet256 against VIRTUAL_imagenet256_labeled: 3.94, 6.14, 215.84, 0.83, 0.53. Hours on a CPU."""
-    from orderlab.evaluate.verify import verify
-    from orderlab.evaluate.weights import inception
+    from orderlab.evaluate.inception import inception
+    from orderlab.evaluate.score import verify
 
     monkeypatch.setenv("ORDERLAB_CACHE", str(tmp_path))
     found = verify(Path(os.environ[ADM[1]]), Path(os.environ[ADM[2]]), inception())

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orderlab.errors import UserError
-from orderlab.evaluate.kernels import kid, mmd
+from orderlab.config import UserError
+from orderlab.evaluate.distances import kid, mmd
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "metrics"
 TORCH = json.loads((FIXTURES / "expected_torch.json").read_text())

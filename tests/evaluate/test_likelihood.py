@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from orderlab.config import GPTConfig
+from orderlab.config import GPTConfig, UserError
 from orderlab.data.tokens import TokenSet
-from orderlab.errors import UserError
 from orderlab.evaluate.likelihood import measure, nll
 from orderlab.models.gpt import GPT
 from orderlab.order.paths import path

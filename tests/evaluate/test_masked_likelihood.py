@@ -6,14 +6,12 @@ import math
 import pytest
 import torch
 
-from orderlab.config import GPTConfig
-from orderlab.errors import UserError
-from orderlab.evaluate.likelihood import nll
-from orderlab.evaluate.masked_likelihood import any_order_nll, masked_nll
-from orderlab.models.masked import MaskedModel
+from orderlab.config import GPTConfig, UserError
+from orderlab.evaluate.likelihood import any_order_nll, masked_nll, nll
+from orderlab.models.gpt import MaskedModel
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
-from orderlab.runtime.keys import generator
+from orderlab.runtime.dist import generator
 from tests.models.test_masked import noisy_masked
 
 TINY = GPTConfig(layers=1, heads=1, dim=8, grid=(2, 2), vocabulary=4, classes=3, ffn_hidden=16)
@@ -93,7 +91,7 @@ def test_the_estimate_is_unbiased_and_bounds_the_mixture(model: MaskedModel) -> 
 
 
 def test_as_many_draws_as_tokens_take_each_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orderlab.evaluate import masked_likelihood
+    from orderlab.evaluate import likelihood as masked_likelihood
 
     seen = []
     monkeypatch.setattr(masked_likelihood, "masked_nll", lambda m, c, t, mask: seen.append(mask.sum(1)) or torch.zeros(mask.shape))

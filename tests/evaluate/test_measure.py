@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from orderlab.config import UserError
 from orderlab.data.npz import NpzFile, NpzWriter
-from orderlab.errors import UserError
-from orderlab.evaluate import record as record_module
-from orderlab.evaluate import verify as verify_module
-from orderlab.evaluate.frechet import frechet_distance_from_features
+from orderlab.evaluate import reference as record_module
+from orderlab.evaluate import score as verify_module
+from orderlab.evaluate.distances import frechet_distance_from_features
 from orderlab.evaluate.measure import Options, image_order, measure_images, records, warnings
-from orderlab.evaluate.record import INCEPTION, Origin
-from orderlab.evaluate.reference import make_reference, read_reference
-from orderlab.evaluate.samples import load_samples
+from orderlab.evaluate.reference import INCEPTION, Origin, make_reference, read_reference
+from orderlab.evaluate.score import load_samples
 from tests.evaluate.tiny import Tiny, noise
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "metrics"

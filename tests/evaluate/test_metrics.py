@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from orderlab.errors import UserError
-from orderlab.evaluate import frechet, metrics
-from orderlab.evaluate.frechet import frechet_influence, standard_error
-from orderlab.evaluate.metrics import (
+from orderlab.config import UserError
+from orderlab.evaluate import distances as frechet
+from orderlab.evaluate import measure as metrics
+from orderlab.evaluate.distances import frechet_influence, standard_error
+from orderlab.evaluate.measure import (
     MomentAccumulator,
     frechet_distance,
     frechet_distance_from_features,

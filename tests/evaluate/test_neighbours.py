@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.evaluate import neighbours
-from orderlab.evaluate.metrics import density_coverage, precision_recall
+from orderlab.evaluate.measure import density_coverage, precision_recall
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "metrics"
 ADM = json.loads((FIXTURES / "expected_adm.json").read_text())

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from orderlab.config import UserError
 from orderlab.data.imagenet import stored_names, wordnet_ids
 from orderlab.data.npz import NpzWriter
-from orderlab.errors import UserError
 from orderlab.evaluate import score
-from orderlab.evaluate.frechet import moments
-from orderlab.evaluate.memorisation import nearer_share, nearest
-from orderlab.evaluate.per_class import per_class
-from orderlab.evaluate.samples import load_samples
+from orderlab.evaluate.compare import nearer_share, nearest
+from orderlab.evaluate.distances import moments
+from orderlab.evaluate.score import load_samples, per_class
 from tests.evaluate.tiny import Tiny, noise
 
 
@@ -95,7 +94,7 @@ def test_a_folder_of_png_as_llamagens_sampler_leaves_one(tmp_path, monkeypatch):
 
 
 def test_nearest_rows_are_found_across_tiles(monkeypatch):
-    monkeypatch.setattr("orderlab.evaluate.memorisation.TILE", 7)
+    monkeypatch.setattr("orderlab.evaluate.compare.TILE", 7)
     generator = np.random.default_rng(1)
     training, queries = generator.normal(size=(40, 5)).astype(np.float32), generator.normal(size=(11, 5)).astype(np.float32)
     found = nearest(queries, training, 3)

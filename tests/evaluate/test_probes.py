@@ -9,9 +9,8 @@ import torch
 
 from orderlab.config import GPTConfig, RunConfig
 from orderlab.evaluate import probes
-from orderlab.evaluate.attention import attention_distance, uniform_distance
-from orderlab.models.gpt import GPT
-from orderlab.models.masked import MaskedModel
+from orderlab.evaluate.probes import attention_distance, uniform_distance
+from orderlab.models.gpt import GPT, MaskedModel
 from orderlab.models.transformer import rotate
 from orderlab.order.paths import path
 from orderlab.training.loop import run

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from orderlab.evaluate import record as module
-from orderlab.evaluate.record import FIELD_RESIZE, INCEPTION, Origin, Record, remember_reference, verified_references
+from orderlab.evaluate import reference as module
+from orderlab.evaluate.reference import FIELD_RESIZE, INCEPTION, Origin, Record, remember_reference, verified_references
 
 REFERENCE = "a" * 64
 

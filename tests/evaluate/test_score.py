@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 
-from orderlab.evaluate.frechet import frechet_distance_from_features, standard_error
-from orderlab.evaluate.measure import Options, measure_images, reconstruction, scores
-from orderlab.evaluate.metrics import inception_score, precision_recall
-from orderlab.evaluate.record import INCEPTION, SHA256_PREFIX, Origin
-from orderlab.evaluate.reference import reference_of
+from orderlab.evaluate.distances import frechet_distance_from_features, standard_error
+from orderlab.evaluate.measure import Options, inception_score, measure_images, precision_recall, reconstruction, scores
+from orderlab.evaluate.reference import INCEPTION, SHA256_PREFIX, Origin, reference_of
 from orderlab.evaluate.score import References
 from tests.evaluate.tiny import Tiny, noise
 

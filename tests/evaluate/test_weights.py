@@ -7,8 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orderlab.errors import UserError
-from orderlab.evaluate import weights
+from orderlab.config import UserError
+from orderlab.evaluate import inception as weights
+from orderlab.runtime.files import file_sha256
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def test_a_file_of_another_hash_is_refused_before_it_is_opened(tmp_path, monkeyp
 def test_a_right_file_is_loaded_once_and_copied_into_the_cache(tmp_path, cache, monkeypatch):
     (tmp_path / "w.pth").write_bytes(b"weights")
     loaded = []
-    monkeypatch.setattr(weights, "SHA256_PREFIX", weights.file_sha256(tmp_path / "w.pth")[:8])
+    monkeypatch.setattr(weights, "SHA256_PREFIX", file_sha256(tmp_path / "w.pth")[:8])
     monkeypatch.setattr(weights, "read_inception", lambda file, *rest: loaded.append(file))
     target = weights.install(tmp_path / "w.pth")
     assert (target.parent, target.read_bytes(), loaded) == (cache, b"weights", [tmp_path / "w.pth"])
@@ -42,7 +43,7 @@ def test_a_right_file_is_loaded_once_and_copied_into_the_cache(tmp_path, cache, 
 
 def test_a_file_with_the_right_hash_and_wrong_content_is_still_one_line(tmp_path, monkeypatch):
     (tmp_path / "w.pth").write_bytes(b"weights")
-    monkeypatch.setattr(weights, "SHA256_PREFIX", weights.file_sha256(tmp_path / "w.pth")[:8])
+    monkeypatch.setattr(weights, "SHA256_PREFIX", file_sha256(tmp_path / "w.pth")[:8])
     with pytest.raises(UserError, match=r"Inception weights .* cannot be read"):
         weights.install(tmp_path / "w.pth")
 
@@ -52,7 +53,7 @@ def test_download_takes_a_served_file_and_refuses_a_wrong_one(tmp_path, cache, m
     with pytest.raises(UserError, match="expected 6726825d"):
         weights.download((tmp_path / "served").as_uri())
     assert not list(cache.iterdir())
-    monkeypatch.setattr(weights, "SHA256_PREFIX", weights.file_sha256(tmp_path / "served")[:8])
+    monkeypatch.setattr(weights, "SHA256_PREFIX", file_sha256(tmp_path / "served")[:8])
     monkeypatch.setattr(weights, "read_inception", lambda *arguments: None)
     assert weights.download((tmp_path / "served").as_uri()).read_bytes() == b"weights"
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from orderlab.evaluate.features import Features, as_rgb
+from orderlab.evaluate.networks import Features, as_rgb
 
 
 class Tiny:

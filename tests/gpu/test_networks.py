@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from orderlab import catalog, load_run, reproduce
+from orderlab import load_run
 from orderlab.config import GPTConfig, OptimConfig
 from orderlab.data.prepare import tokenizer
-from orderlab.evaluate.extractors import extractor
-from orderlab.evaluate.features import FashionFeatures
 from orderlab.evaluate.inception import InceptionFeatures
 from orderlab.evaluate.likelihood import nll
+from orderlab.evaluate.networks import FashionFeatures, extractor
 from orderlab.models.gpt import GPT
 from orderlab.models.vq import load_vq
 from orderlab.order.perm import random_orders
@@ -21,6 +20,7 @@ from orderlab.runtime.console import Console
 from orderlab.runtime.dist import own_device
 from orderlab.runtime.files import read_json
 from orderlab.runtime.run import device_name
+from orderlab.study import catalog, reproduce
 from tests.evaluate.test_inception import fixture, state  # noqa: F401  fixtures
 from tests.gpu.conftest import on_gpu_alone
 
@@ -71,7 +71,7 @@ def test_likelihoods_are_the_cpus_a_few_images_at_a_time(device: torch.device, m
     tokens, classes = torch.randint(29, (10, 16), generator=generator), torch.arange(10) % 5
     order = random_orders(10, 16, generator)
     expected = nll(model, classes, tokens, order)
-    monkeypatch.setattr("orderlab.models.backbone.LOGITS", 3 * 16 * 29)
+    monkeypatch.setattr("orderlab.models.transformer.LOGITS", 3 * 16 * 29)
     found = nll(model.to(device), classes.to(device), tokens.to(device), order)
     torch.testing.assert_close(found.cpu(), expected, atol=1e-10, rtol=0)
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from orderlab.config import GPTConfig
-from orderlab.evaluate.likelihood import nll
-from orderlab.evaluate.masked_likelihood import any_order_nll
-from orderlab.models.formats import load_gpt
+from orderlab.evaluate.likelihood import any_order_nll, nll
 from orderlab.models.gpt import GPT
+from orderlab.models.weights import load_gpt
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
-from orderlab.runtime.keys import generator
+from orderlab.runtime.dist import generator
 from orderlab.sampling import semifast
 from orderlab.sampling.generate import _loops, generate
 from orderlab.sampling.unmask import unmask

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from orderlab.config import GPTConfig
-from orderlab.models.decode import CachedDecoder
-from orderlab.models.decode_static import StaticDecoder, block_step
-from orderlab.models.formats import merge_target
+from orderlab.models.decode import CachedDecoder, StaticDecoder, block_step
 from orderlab.models.gpt import GPT
+from orderlab.models.weights import merge_target
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
 from orderlab.sampling.draw import image_uniforms

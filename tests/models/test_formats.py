@@ -8,10 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from orderlab.config import GPTConfig
-from orderlab.errors import UserError
-from orderlab.models.formats import load_gpt, merge_target, read_weights, save_gpt
+from orderlab.config import GPTConfig, UserError
 from orderlab.models.gpt import GPT, PRESETS
+from orderlab.models.weights import load_gpt, merge_target, read_weights, save_gpt
 from orderlab.order.paths import path
 from orderlab.sampling.generate import generate
 
@@ -56,7 +55,7 @@ def test_unknown_sizes_ask_for_heads_and_grid(model: GPT, tmp_path: Path) -> Non
 
 
 def test_a_preset_is_recognised_by_width_and_depth(tmp_path: Path) -> None:
-    from orderlab.models.formats import WeightFile, _config_from_shapes
+    from orderlab.models.weights import WeightFile, _config_from_shapes
 
     shapes = GPT(GPTConfig(), device="meta").state_dict()
     config = _config_from_shapes(WeightFile(shapes, {}, []), "c2i_B_256.pt", None, None)

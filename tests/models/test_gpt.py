@@ -5,11 +5,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from orderlab.config import GPTConfig
-from orderlab.errors import UserError
-from orderlab.models.formats import load_gpt
+from orderlab.config import GPTConfig, UserError
 from orderlab.models.gpt import GPT, PRESETS
 from orderlab.models.transformer import rotate
+from orderlab.models.weights import load_gpt
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
 from orderlab.sampling.generate import generate

@@ -6,13 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from orderlab.config import GPTConfig
-from orderlab.errors import UserError
-from orderlab.models.checkpoints import load_model
-from orderlab.models.formats import load_gpt, load_masked, save_gpt, save_masked
-from orderlab.models.gpt import GPT, PRESETS
-from orderlab.models.masked import MaskedModel
+from orderlab.config import GPTConfig, UserError
+from orderlab.models.gpt import GPT, PRESETS, MaskedModel
 from orderlab.models.transformer import rotate
+from orderlab.models.weights import load_gpt, load_masked, load_model, save_gpt, save_masked
 
 CONFIG = GPTConfig(layers=2, heads=2, dim=16, grid=(3, 5), vocabulary=11, classes=4, ffn_hidden=48)
 CLASSES = torch.tensor([1, 4])

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from orderlab.config import GPTConfig
-from orderlab.config_tasks import OracleConfig
-from orderlab.errors import UserError
-from orderlab.models.formats import load_gpt, save_gpt
+from orderlab.config import GPTConfig, OracleConfig, UserError
 from orderlab.models.gpt import GPT
 from orderlab.models.oracle import Oracle, load_oracle, save_oracle, true_class_probability
+from orderlab.models.weights import load_gpt, save_gpt
 from orderlab.order.perm import random_orders
 
 SMALL = OracleConfig(layers=3, heads=2, dim=16, mlp_dim=32, grid=(3, 4), vocabulary=9, entry_dim=5, classes=4)

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.config import GPTConfig
-from orderlab.config_tasks import OrderHeadConfig
-from orderlab.errors import UserError
+from orderlab.config import GPTConfig, OrderHeadConfig, UserError
 from orderlab.models.gpt import GPT
 from orderlab.models.order_head import ScoredOrdering, normalise, split, temperature_at, truth_ratio_at
 from orderlab.order.perm import in_two_groups, to_steps

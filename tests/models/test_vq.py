@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.models.vq import PRESETS, VQ, Codebook, VQConfig, load_vq, save_vq, tokenizer_hash
 from orderlab.models.weights import weights_hash
 

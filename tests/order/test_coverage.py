@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.order.coverage import coverage, coverage_curve, expected_random_coverage, visible_neighbours
 from orderlab.order.paths import path
 

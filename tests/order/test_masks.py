@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.stats import truncnorm
 
-from orderlab.order.masks import draw_masks, mask_counts
-from orderlab.runtime.keys import generator
+from orderlab.order.policy import draw_masks, mask_counts
+from orderlab.runtime.dist import generator
 
 N, P = 20_000, 256
 MEANS = {

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.order.paths import ORDER_NAMES, parse_grid, path
 
 KNOWN_4X4 = {

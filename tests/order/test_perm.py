@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.order.perm import as_batch, random_orders, rank, to_grid, to_steps
 
 

@@ -6,7 +6,7 @@ import torch
 from orderlab.config import AnnealedOrder, FixedOrder, RandomOrder
 from orderlab.order.paths import path
 from orderlab.order.policy import draw_orders, random_ratio
-from orderlab.runtime.keys import generator
+from orderlab.runtime.dist import generator
 
 
 @pytest.mark.parametrize(("progress", "ratio"), [(0, 1), (0.25, 1), (0.5, 1), (0.625, 0.5), (0.75, 0), (1, 0)])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from orderlab.config import UserError
 from orderlab.data.prepare import tokenizer
-from orderlab.errors import UserError
 from orderlab.models.transformer import _kept_rope_table, rope_table
 from orderlab.order.policy import _cached_path
 from orderlab.runtime import dist
-from orderlab.training.parallel import gradient_norm
+from orderlab.training.optim import gradient_norm
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from orderlab.config import DataConfig, RunConfig
+from orderlab.config import DataConfig, RunConfig, UserError
 from orderlab.data.npz import NpzFile, NpzWriter
-from orderlab.errors import UserError
 from orderlab.runtime import files
 from orderlab.runtime.files import (
     FolderKind,

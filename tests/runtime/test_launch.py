@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from orderlab import catalog, cli
-from orderlab.config import RunConfig
-from orderlab.errors import UserError
-from orderlab.reproduce import job_plans
-from orderlab.runtime.launch import Settings, sbatch_script, submit
+from orderlab import cli
+from orderlab.config import RunConfig, UserError
+from orderlab.runtime.dist import Settings, sbatch_script, submit
 from orderlab.runtime.run import RunFolder
+from orderlab.study import catalog
+from orderlab.study.reproduce import job_plans
 from orderlab.training.loop import run
 from tests.training.test_loop import assert_same_to_the_bit
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from orderlab.config import RunConfig
-from orderlab.errors import UserError
+from orderlab.config import RunConfig, UserError
+from orderlab.runtime.dist import generator, image_seeds, key
 from orderlab.runtime.files import add_to_json, read_json, write_atomically, write_json
-from orderlab.runtime.keys import generator, image_seeds, key
 from orderlab.runtime.run import RunFolder, config_difference
 
 

@@ -13,17 +13,16 @@ from PIL import Image
 from torch.nn import functional as F
 
 from orderlab import cli
-from orderlab.config import DataConfig, GPTConfig, RunConfig, SampleConfig
+from orderlab.config import DataConfig, GPTConfig, RunConfig, SampleConfig, UserError
 from orderlab.data.fashion import load_fashion
 from orderlab.data.prepare import decode, tokenizer
 from orderlab.data.tokens import TokenMeta, TokenSet, write_token_set
-from orderlab.errors import UserError
-from orderlab.models.formats import save_gpt
 from orderlab.models.gpt import GPT
 from orderlab.models.vq import tokenizer_hash
+from orderlab.models.weights import save_gpt
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling import sample
-from orderlab.sampling.export import quantise, write_npz
+from orderlab.sampling.sample import quantise, write_npz
 
 
 def small_token_set(folder: Path, images: int, seed: int) -> None:
@@ -61,7 +60,7 @@ def run_dir(tmp_path_factory):
 def few_real_images(monkeypatch):
     """200 of the package's validation images as the reference."""
     images, labels = load_fashion("validation")
-    monkeypatch.setattr("orderlab.evaluate.samples.fashion_images", lambda data, split: (images[:200], labels[:200]))
+    monkeypatch.setattr("orderlab.evaluate.score.fashion_images", lambda data, split: (images[:200], labels[:200]))
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,16 @@ import copy
 import pytest
 import torch
 
-from orderlab.config import GPTConfig, SampleConfig
-from orderlab.errors import UserError
-from orderlab.models import backbone
+from orderlab.config import GPTConfig, SampleConfig, UserError
+from orderlab.models import transformer as backbone
 from orderlab.models.decode import CachedDecoder
-from orderlab.models.formats import load_gpt
 from orderlab.models.gpt import GPT
+from orderlab.models.weights import load_gpt
 from orderlab.order.paths import ORDER_NAMES, path
 from orderlab.order.perm import random_orders, to_grid
 from orderlab.sampling.draw import guide
 from orderlab.sampling.generate import FullForwardDecoder, generate
-from orderlab.sampling.methods import method_for
+from orderlab.sampling.sample import method_for
 from tests.conftest import FIXTURES
 from tests.models.test_gpt import noisy
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orderlab.config import RunConfig, SampleConfig
-from orderlab.errors import UserError
+from orderlab.config import RunConfig, SampleConfig, UserError
 from orderlab.runtime.run import device_name
 from orderlab.sampling import sample
 from orderlab.training import loop
@@ -242,7 +241,7 @@ def test_nan_names_the_image_of_the_set(run_dir: Path, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from orderlab.models.formats import read_weights
+    from orderlab.models.weights import read_weights
 
     broken = tmp_path / "r@smoke" / "seed0"
     (broken / "checkpoints").mkdir(parents=True)

@@ -4,16 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from orderlab.config import GPTConfig, SampleConfig
-from orderlab.config_tasks import OrderHeadConfig, OrderHeadTask
-from orderlab.errors import UserError
+from orderlab.config import GPTConfig, OrderHeadConfig, OrderHeadTask, SampleConfig, UserError
 from orderlab.evaluate.likelihood import nll
-from orderlab.models.checkpoints import load_model, set_precision
-from orderlab.models.ordered_gpt import OrderedGPT, load_ordered_gpt, save_ordered_gpt
+from orderlab.models.order_head import OrderedGPT
+from orderlab.models.weights import load_model, load_ordered_gpt, save_ordered_gpt, set_precision
 from orderlab.order.perm import in_two_groups, rank, remaining_by_score
 from orderlab.sampling import semifast
 from orderlab.sampling.generate import generate
-from orderlab.sampling.methods import method_for
+from orderlab.sampling.sample import method_for
 
 POSITIONS, FIRST = 16, 4
 SEEDS = [50, 51, 52]
@@ -168,7 +166,7 @@ def test_shuffled_orders_are_random_for_each_image() -> None:
 
 
 def test_the_checkpoint_comes_back_and_says_what_it_is(tmp_path, model: OrderedGPT) -> None:
-    from orderlab.models.formats import load_gpt
+    from orderlab.models.weights import load_gpt
 
     single = make(model.target).float()
     save_ordered_gpt(single, tmp_path / "a.safetensors")
@@ -190,7 +188,7 @@ def test_samplers_that_do_not_fit_are_one_line(model: OrderedGPT) -> None:
 
 
 def test_best_of_one_is_plain_sampling_with_its_candidates_seed(model: OrderedGPT) -> None:
-    from orderlab.runtime.keys import key
+    from orderlab.runtime.dist import key
 
     made = method_for(model, SampleConfig(order="raster", sampler="best-of-1", guidance=1.5))(CLASSES, SEEDS)
     seeds = [key("candidate", seed, 0) for seed in SEEDS]

@@ -7,13 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from orderlab.config import GPTConfig, SampleConfig
-from orderlab.errors import UserError
-from orderlab.models import backbone
+from orderlab.config import GPTConfig, SampleConfig, UserError
+from orderlab.models import transformer as backbone
 from orderlab.models import transformer as trunk
-from orderlab.models.checkpoints import set_precision
-from orderlab.models.gpt import GPT
-from orderlab.models.masked import MaskedModel
+from orderlab.models.gpt import GPT, MaskedModel
+from orderlab.models.weights import set_precision
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
 from orderlab.sampling.draw import guidance_scales
@@ -166,14 +164,19 @@ def test_a_step_is_one_forward_and_the_head_sees_candidates_alone(model: MaskedM
     assert asked == [8 * (16 - sum(counts[:step])) for step in range(5)]
 
 
-def test_confidence_without_noise_reveals_what_is_likeliest_first(model: MaskedModel) -> None:
+def test_confidence_without_noise_reveals_what_is_likeliest_first(model: MaskedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy in one token a step: the first position is where the first pass has its highest probability."""
+    masks, hidden = [], model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda classes, tokens, is_masked: masks.append(is_masked.clone()) or hidden(classes, tokens, is_masked)
+    )
     with torch.no_grad():
         states = model.eval().hidden(CLASSES[:1], torch.zeros(1, 16, dtype=torch.long), torch.ones(1, 16, dtype=torch.bool))
         probabilities = model.head(states)[0].softmax(-1)
     first = int(probabilities.max(-1).values.argmax())
     tokens = unmask(model, CLASSES[:1], "confidence", seeds=[1], steps=16, greedy=True)
     assert int(tokens[0, first]) == int(probabilities[first].argmax())
+    assert (~masks[2][0]).nonzero().flatten().tolist() == [first], "what the second pass sees"
     noisy = {tuple(unmask(model, CLASSES[:1], "confidence", seeds=[s], steps=8)[0].tolist()) for s in range(6)}
     assert len(noisy) == 6
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from orderlab import catalog
-from orderlab.config_tasks import OracleTask
+from orderlab.config import OracleTask
+from orderlab.study import catalog
 from orderlab.training.loop import run
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from orderlab.config import UserError
 from orderlab.data.tokens import TokenMeta, TokenSet, write_token_set
-from orderlab.errors import UserError
-from orderlab.training.clusters import assign, balanced_clusters, cluster_maps, features, token_digest
+from orderlab.training.oracle import assign, balanced_clusters, cluster_maps, features, token_digest
 
 ENTRIES = np.eye(8)[:, :8]
 QUADRANTS = np.array([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3])

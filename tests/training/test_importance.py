@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from orderlab import cli
-from orderlab.config_tasks import OracleConfig
+from orderlab.config import OracleConfig, UserError
 from orderlab.data.tokens import TokenSet
-from orderlab.errors import UserError
 from orderlab.models.oracle import Oracle, save_oracle, true_class_probability
 from orderlab.runtime.run import RunFolder
-from orderlab.training.importance import classes_in_turn, cluster_map, importance_maps, measure, saliency_map, spread
+from orderlab.training.oracle import classes_in_turn, cluster_map, importance_maps, measure, saliency_map, spread
 from tests.training.test_clusters import token_set
 
 SMALL = OracleConfig(layers=2, heads=2, dim=16, mlp_dim=32, grid=(4, 4), vocabulary=8, entry_dim=8, classes=3)
@@ -74,7 +73,7 @@ def test_each_view_and_image_has_its_own_map(oracle_file: Path, tokens: TokenSet
 def test_maps_are_computed_once_for_weights_tokens_mode_and_size(
     oracle_file: Path, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orderlab.training import importance
+    from orderlab.training import oracle as importance
 
     calls, genuine = [], importance.cluster_map
     monkeypatch.setattr(importance, "cluster_map", lambda *values: calls.append(1) or genuine(*values))
@@ -142,7 +141,7 @@ def test_the_verb_prints_both_maps_and_draws_them(trained_oracle: Path, tmp_path
 
 
 def test_a_run_of_another_kind_is_refused(trained_oracle: Path, tmp_path: Path) -> None:
-    from orderlab import catalog
+    from orderlab.study import catalog
 
     RunFolder(tmp_path / "raster-300@smoke/seed0").create(catalog.resolve("raster-300", "smoke"))
     with pytest.raises(UserError, match="not of an oracle; train one: orderlab oracle train --scale smoke"):

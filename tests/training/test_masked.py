@@ -8,18 +8,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from orderlab.config import FixedOrder, RandomOrder, RunConfig, SampleConfig
-from orderlab.config_tasks import MaskedTask
-from orderlab.errors import UserError
+from orderlab.config import FixedOrder, MaskedTask, RandomOrder, RunConfig, SampleConfig, UserError
 from orderlab.evaluate import likelihood
-from orderlab.models.formats import load_masked
-from orderlab.models.masked import MaskedModel
-from orderlab.results import load_run
+from orderlab.models.gpt import MaskedModel
+from orderlab.models.weights import load_masked
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling import sample
+from orderlab.study.hub import load_run
 from orderlab.training.loop import run
-from orderlab.training.masked import Masked
-from orderlab.training.tasks import objective_for
+from orderlab.training.objectives import Masked, objective_for
 from tests.training.test_loop import assert_close, assert_same_to_the_bit, in_process, losses, without_dropout
 
 

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from orderlab import catalog, cli
-from orderlab.config import DataConfig, RunConfig
-from orderlab.config_tasks import OracleTask
+from orderlab import cli
+from orderlab.config import DataConfig, OracleTask, RunConfig, UserError
 from orderlab.data.tokens import TokenSet
-from orderlab.errors import UserError
 from orderlab.models.oracle import load_oracle
 from orderlab.runtime.run import RunFolder
+from orderlab.study import catalog
 from orderlab.training.loop import run
+from orderlab.training.objectives import objective_for
 from orderlab.training.oracle import OracleTraining, accuracy, shown_count
-from orderlab.training.tasks import objective_for
 from tests.training.test_loop import assert_same_to_the_bit, in_process, losses, weights
 
 

@@ -8,17 +8,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from orderlab.config import GPTConfig, RunConfig, StartConfig
-from orderlab.config_tasks import OracleUse, OrderHeadConfig, OrderHeadTask
-from orderlab.errors import UserError
-from orderlab.models.order_head import split
-from orderlab.models.ordered_gpt import Ordered, OrderedGPT, load_ordered_gpt
+from orderlab.config import GPTConfig, OracleUse, OrderHeadConfig, OrderHeadTask, RunConfig, StartConfig, UserError
+from orderlab.models.order_head import Ordered, OrderedGPT, split
+from orderlab.models.weights import load_ordered_gpt
 from orderlab.order.perm import rank
 from orderlab.runtime.run import RunFolder
 from orderlab.training import order_head
 from orderlab.training.loop import run
+from orderlab.training.objectives import objective_for
 from orderlab.training.order_head import OrderHeadBatch, alignment_loss, learned_ratio, per_token_ce, score_values
-from orderlab.training.tasks import objective_for
 from tests.training.test_loop import assert_close, assert_same_to_the_bit, in_process
 
 HEAD = OrderHeadConfig(state_dim=16, entry_dim=4, positions=16, dim=16, layers=1, heads=2, mlp_dim=32)

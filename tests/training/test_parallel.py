@@ -11,27 +11,26 @@ import torch
 
 from orderlab.config import RunConfig
 from orderlab.runtime.run import RunFolder
-from orderlab.training.ahead import Batches
-from orderlab.training.loop import run
-from orderlab.training.parallel import clip, gradient_norm
-from orderlab.training.tasks import objective_for
+from orderlab.training.loop import Batches, run
+from orderlab.training.objectives import objective_for
+from orderlab.training.optim import clip, gradient_norm
 from tests.training.test_loop import assert_close, in_process, rar_of_four, weights, without_dropout
 
 KILLED_IN_A_STEP = """
 import os, signal, sys, torch
 from orderlab.config import RunConfig
-from orderlab.errors import UserError
-from orderlab.training import autoregressive
+from orderlab.config import UserError
+from orderlab.training import objectives
 from orderlab.training.loop import run
-from orderlab.training.parallel import clip, gradient_norm
+from orderlab.training.optim import clip, gradient_norm
 torch.set_num_threads(1)
-calls, healthy = [0], autoregressive.Autoregressive.loss
+calls, healthy = [0], objectives.Autoregressive.loss
 def dies(self, forward, batch):
     calls[0] += 1
     if os.environ["RANK"] == "1" and calls[0] == 25:
         os.kill(os.getpid(), signal.SIGKILL)
     return healthy(self, forward, batch)
-autoregressive.Autoregressive.loss = dies
+objectives.Autoregressive.loss = dies
 try:
     run(RunConfig.model_validate_json(sys.argv[1]), sys.argv[2])
 except UserError as error:

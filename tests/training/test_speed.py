@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from orderlab import catalog
 from orderlab.config import AnnealedOrder, RunConfig
-from orderlab.cost_tasks import training_flops
 from orderlab.runtime.dist import ALONE, World
 from orderlab.runtime.run import RunFolder
+from orderlab.study import catalog
 from orderlab.training import loop, speed
 from orderlab.training.loop import run
+from orderlab.training.speed import training_flops
 
 
 class Device:
@@ -42,7 +42,7 @@ class Device:
 
 def test_seconds_hold_what_steps_wait_for_and_nothing_else(tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six steps, reports after 3 and 6 (and 4, where a checkpoint is due), validations after 2, 4 and 6, exports after 2 and 5."""
-    from orderlab.training.autoregressive import Autoregressive
+    from orderlab.training.objectives import Autoregressive
 
     device = Device(monkeypatch)
     monkeypatch.setattr(loop, "REPORTS_PER_RUN", 2)

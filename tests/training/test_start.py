@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orderlab import catalog
-from orderlab.config import AnnealedOrder, RunConfig, StartConfig
+from orderlab.config import AnnealedOrder, RunConfig, StartConfig, UserError
 from orderlab.data.prepare import fashion_images
-from orderlab.errors import UserError
-from orderlab.hub import import_weights
+from orderlab.study import catalog
+from orderlab.study.hub import import_weights
 from orderlab.training.loop import run
 
 FROZEN = ("cls_embedding", "tok_embeddings", "layers.0.", "layers.1.")

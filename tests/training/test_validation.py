@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from orderlab.config import RunConfig
-from orderlab.config_tasks import AutoregressiveTask, MaskedTask, OracleTask, OrderHeadConfig, OrderHeadTask, Task
+from orderlab.config import AutoregressiveTask, MaskedTask, OracleTask, OrderHeadConfig, OrderHeadTask, RunConfig, Task
 from orderlab.data.tokens import TokenSet, evenly_spaced
-from orderlab.training.tasks import objective_for
+from orderlab.training.objectives import objective_for
 from tests.training.test_oracle import oracle_run  # noqa: F401
 
 

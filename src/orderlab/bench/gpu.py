@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from orderlab.bench.training import KINDS, Step, training_config
-from orderlab.catalog import SCALES
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.evaluate.inception import Inception
 from orderlab.evaluate.likelihood import nll
 from orderlab.models.gpt import GPT, PRESETS
@@ -36,6 +35,7 @@ from orderlab.order.perm import random_orders
 from orderlab.runtime.files import check_replaceable, write_result
 from orderlab.runtime.run import device_name
 from orderlab.sampling.generate import generate
+from orderlab.study.catalog import SCALES
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GUIDANCE = 2.0

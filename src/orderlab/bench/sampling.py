@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.models.decode import CachedDecoder
-from orderlab.models.gpt import GPT, PRESETS
-from orderlab.models.masked import MaskedModel
+from orderlab.models.gpt import GPT, PRESETS, MaskedModel
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
+from orderlab.runtime.dist import generator
 from orderlab.runtime.files import check_replaceable, write_result
-from orderlab.runtime.keys import generator
 from orderlab.runtime.run import device_name
 from orderlab.sampling.draw import draw_tokens, guide
 from orderlab.sampling.generate import FullForwardDecoder

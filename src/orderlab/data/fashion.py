@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.runtime.files import write_output
 
 Split = Literal["train", "validation"]

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from orderlab.config import DataConfig
-from orderlab.errors import UserError
+from orderlab.config import DataConfig, UserError
 
 ClassNames = tuple[str, ...]
 MOST_CLASSES = 2**16

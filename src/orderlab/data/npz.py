@@ -19,7 +19,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from orderlab.errors import UserError, reading
+from orderlab.config import UserError, reading
 from orderlab.runtime.files import atomic, check_replaceable, faults, sweep
 
 NOTE = "orderlab"

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from orderlab.config import DataConfig
+from orderlab.config import DataConfig, UserError
 from orderlab.data.fashion import ASSETS, CLASSES, Split, first_of_each_class, load_fashion, to_uint8, to_unit_range
 from orderlab.data.imagenet import ClassNames, class_rows, wordnet_ids
 from orderlab.data.tokens import TokenMeta, TokenSet, write_token_set
-from orderlab.errors import UserError
 from orderlab.models.vq import VQ, load_vq, tokenizer_hash
 from orderlab.models.weights import split_part
 from orderlab.runtime.files import locked

@@ -23,12 +23,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from orderlab.config import Frozen, UserError
 from orderlab.data.imagenet import names_of, stored_names
+from orderlab.data.images import Crops, ImageFile, chosen_classes, list_images, open_views, read_labels
 from orderlab.data.prepare import tokenizer
-from orderlab.data.sources import Crops, ImageFile, chosen_classes, list_images, open_views, read_labels
 from orderlab.data.tokens import TokenMeta, TokenSet
-from orderlab.errors import UserError
-from orderlab.frozen import Frozen
 from orderlab.models.vq import VQ, tokenizer_hash
 from orderlab.runtime.dist import World, world
 from orderlab.runtime.files import (

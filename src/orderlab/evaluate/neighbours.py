@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from orderlab.errors import UserError
-from orderlab.evaluate.arrays import Array, checked_pair
+from orderlab.config import UserError
+from orderlab.evaluate.distances import Array, checked_pair
 
 PRMode = Literal["fp32", "adm-fp16"]
 

@@ -5,29 +5,33 @@ them apart? Editing one token at a time: which of those generated, and which of 
 how far do the heads look? All on evenly spaced validation images and trained weights, kept in the run folder's `probes.json`.
 """
 
-# B batch · N edited copies · P grid position · T generation step · V codebook
-
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from orderlab.config import OrderHeadTask, RunConfig
 from orderlab.data.prepare import token_sets
 from orderlab.data.tokens import evenly_spaced
-from orderlab.evaluate.attention import attention_distance, uniform_distance
 from orderlab.evaluate.likelihood import result_key
-from orderlab.models.checkpoints import load_model
-from orderlab.models.gpt import GPT
-from orderlab.models.masked import MaskedModel
-from orderlab.models.ordered_gpt import OrderedGPT
+from orderlab.models.gpt import GPT, MaskedModel
+from orderlab.models.order_head import OrderedGPT
+from orderlab.models.transformer import Attention, Block, rotate
+from orderlab.models.weights import load_model
 from orderlab.order.paths import path
-from orderlab.order.perm import put, rank, states_at, to_steps
+from orderlab.order.perm import as_batch, put, rank, states_at, to_steps
 from orderlab.runtime.files import add_to_json, read_json
 from orderlab.runtime.run import RunFolder
+
+# B batch · N edited copies · P grid position · T generation step · V codebook
+
 
 IMAGES, EDITS, ATTENTION_IMAGES = 4, 32, 100
 
@@ -104,3 +108,162 @@ def reach(
     share_N = torch.stack(changed).double().mean(0)
     is_before_N = torch.tensor([s < step for s in steps])
     return float(share_N[is_before_N].mean()), float(share_N[~is_before_N].mean())
+
+
+# MERGED FROM evaluate.attention: How far the heads of a causal model look: mean attention distance, as ViT's authors measure it (2010.11929), head by head. A slot lies where its input token does. Its distance is the mean of the distances, in grid cells, to the tokens it attends to, weighted by attention; the class slot has no place and is left out, the rest renormalised. Averaged over slots and images.
+
+# B batch · T slot · H heads · K head dim · P grid position
+
+
+@torch.inference_mode()
+def attention_distance(model: GPT, classes_B: Tensor, tokens_BP: Tensor, order: Tensor, target: bool | None = None) -> Tensor:
+    """Mean attention distance of each layer's heads under an order, in grid cells: [layers, H]."""
+    order_BT = as_batch(order, len(tokens_BP), model.config.positions).to(tokens_BP.device)
+    distance_BTT = _distances(model.config.grid, order_BT[:, :-1])
+    with model.evaluating(), _recorded(model) as seen:
+        model.hidden(classes_B, to_steps(tokens_BP, order_BT), order_BT, target=target)
+    return torch.stack([_mean_distance(weights_BHTT, distance_BTT) for weights_BHTT in seen])
+
+
+def uniform_distance(grid: tuple[int, int], order_T: Tensor) -> float:
+    """The same of a head that attends to all tokens so far alike: what a distance means nothing below or above."""
+    distance_TT = _distances(grid, order_T[None, :-1])
+    slots = distance_TT.shape[1] + 1
+    weights_TT = torch.ones(slots, slots, dtype=distance_TT.dtype, device=distance_TT.device).tril()
+    return float(_mean_distance(weights_TT.expand(1, 1, -1, -1), distance_TT))
+
+
+def _distances(grid: tuple[int, int], positions_BT: Tensor) -> Tensor:
+    """Euclidean distances in grid cells between the positions of the slots: [B, T, T]."""
+    cells_BT2 = torch.stack([positions_BT // grid[1], positions_BT % grid[1]], dim=-1).double()
+    return torch.cdist(cells_BT2, cells_BT2)
+
+
+def _mean_distance(weights_BHTT: Tensor, distance_BTT: Tensor) -> Tensor:
+    """[H], over the slots of tokens; the first slot is the class."""
+    among_BHTT = weights_BHTT[:, :, 1:, 1:].double()
+    share_BHT = among_BHTT.sum(-1)
+    return ((among_BHTT * distance_BTT[:, None]).sum(-1) / share_BHT.clamp(min=1e-12)).mean((0, 2))
+
+
+@contextmanager
+def _recorded(model: GPT) -> Iterator[list[Tensor]]:
+    """The attention weights [B, H, T, T] of each layer of the passes inside, computed again from what the layer is given."""
+    seen: list[Tensor] = []
+
+    def record(attention: Attention, arguments: tuple[Tensor, Tensor, bool]) -> None:
+        x_BTD, rope_BTK2, is_causal = arguments
+        q_BTHK, k_BTHK, _ = attention.wqkv(x_BTD).unflatten(-1, (3, attention.heads, -1)).unbind(2)
+        q_BTHK, k_BTHK = rotate(q_BTHK, rope_BTK2), rotate(k_BTHK, rope_BTK2)
+        scores_BHTT = torch.einsum("bihk,bjhk->bhij", q_BTHK, k_BTHK).float() / q_BTHK.shape[-1] ** 0.5
+        if is_causal:
+            is_later_TT = torch.ones(scores_BHTT.shape[-2:], dtype=torch.bool, device=x_BTD.device).triu(1)
+            scores_BHTT = scores_BHTT.masked_fill(is_later_TT, -torch.inf)
+        seen.append(scores_BHTT.softmax(-1))
+
+    hooks = [block.attention.register_forward_pre_hook(record) for block in model.layers if isinstance(block, Block)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# MERGED FROM evaluate.diagnosis: What is wrong with an OrderHead run, by a stated rule on its scores and its cross-entropy. The bounds lie between the study's own figures. It reports a score_std of 1.6 where scores were useful, 14 to 17 as an explosion, 0.46 and 0.04 as collapses, and calls a body with a cross-entropy above 7.3 nats, where raster has 6.8, destabilised.
+
+EXPLODED, COLLAPSED, DEGRADED = 5.0, 0.5, 0.5
+"""Bounds: score_std above (and growing), score_std below, nats above the raster baseline."""
+FIRST_LOOK = 0.1  # of a run: scores begin near zero, so that nothing is said before
+WINDOW = 0.05  # of a run: what is compared are means over windows
+
+
+def failure_modes(
+    score_std: Sequence[float], ce: float | None = None, baseline: float | None = None, is_raster_body_frozen: bool = False
+) -> list[str]:
+    """The names of what went wrong, the scores first; empty where nothing did.
+
+    `score_std` is a series over the run (growing means above its start), or one figure (no figure: nothing is said of scores); `ce` the cross-entropy in learned orders and
+    `baseline` raster's, in nats a token. A frozen body that was trained in raster alone is a fault of its own.
+    """
+    modes = []
+    if score_std and score_std[-1] > EXPLODED and (len(score_std) == 1 or score_std[-1] > score_std[0]):
+        modes.append("score explosion")
+    if score_std and score_std[-1] < COLLAPSED:
+        modes.append("score collapse")
+    if is_raster_body_frozen:
+        modes.append("frozen body, trained in raster alone")
+    elif ce is not None and baseline is not None and ce - baseline > DEGRADED:
+        modes.append("body degraded")
+    return modes
+
+
+def windows(values: Sequence[float], total: int) -> list[float]:
+    """Means over consecutive windows of a twentieth of a run of `total` steps; an unfinished last window is left out."""
+    size = max(1, round(WINDOW * total))
+    return [mean(values[start : start + size]) for start in range(0, len(values) - size + 1, size)]
+
+
+def baseline_loss(config: RunConfig, runs: Path) -> float | None:
+    """The mean training loss over the last tenth of the baseline's run, in nats a token; None where it was not trained."""
+    name = config.task.baseline if isinstance(config.task, OrderHeadTask) else None
+    records = RunFolder(runs / f"{name}@{config.scale}" / f"seed{config.seed}").records("train") if name else []
+    return mean(record["loss"] for record in records[-max(1, len(records) // 10) :]) if records else None
+
+
+def has_frozen_raster_body(config: RunConfig) -> bool:
+    """True for a body that never sees another order than raster: frozen, and not from RAR's order-agnostic phase."""
+    is_frozen = isinstance(config.task, OrderHeadTask) and config.task.is_body_frozen
+    return is_frozen and config.start is not None and config.start.checkpoint == "final"
+
+
+class Diagnosis:
+    """Watches a run: each failure is told once, with the step at which the rule first held.
+
+    A body that is trained from scratch is not compared with a trained one before half of its run.
+    """
+
+    def __init__(self, config: RunConfig, runs: Path):
+        self.steps, self.batch = config.steps, config.batch
+        self.baseline, self.is_raster_body_frozen = baseline_loss(config, runs), has_frozen_raster_body(config)
+        self.first_look_at_body = FIRST_LOOK if config.start is not None else 0.5
+        self.score_std: list[float] = []
+        self.ce: list[float] = []
+        self.told: set[str] = set()
+
+    def remember(self, steps: Sequence[dict[str, Any]]) -> None:
+        """Take the values of steps ("score_std", "ce")."""
+        self.score_std += [step["score_std"] for step in steps]
+        self.ce += [step["ce"] for step in steps]
+
+    def modes(self) -> list[str]:
+        """What is wrong now, by the last whole windows."""
+        stds, ces = windows(self.score_std, self.steps), windows(self.ce, self.steps)
+        progress = len(self.ce) / self.steps
+        if not stds or progress < FIRST_LOOK:
+            return []
+        ce = ces[-1] if progress >= self.first_look_at_body else None
+        return failure_modes(stds, ce, self.baseline, self.is_raster_body_frozen)
+
+    def alerts(self, steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Records of what is new, given the values of the steps since the last call ("images" too)."""
+        self.remember(steps)
+        new = [mode for mode in self.modes() if mode not in self.told]
+        self.told |= set(new)
+        return [self._record(mode, int(steps[-1]["images"])) for mode in new]
+
+    def _record(self, mode: str, images: int) -> dict[str, Any]:
+        score_std, ce = (windows(values, self.steps)[-1] for values in (self.score_std, self.ce))
+        against = "" if self.baseline is None else f", raster's {self.baseline:.2f}"
+        step = images // self.batch
+        message = f"{mode} at step {step}: score_std {score_std:.2f}, cross-entropy {ce:.2f}{against}"
+        return {"alert": mode, "images": images, "step": step, "score_std": score_std, "ce": ce, "message": message}
+
+
+def verdict(config: RunConfig, runs: Path, records: Sequence[dict[str, Any]]) -> str:
+    """An OrderHead run's failure mode in words, from its records: what holds at the end and since when, and what passed."""
+    watch = Diagnosis(config, runs)
+    watch.remember([record for record in records if record["kind"] == "step"])
+    now, first = watch.modes(), {record["alert"]: record["step"] for record in records if record["kind"] == "alert"}
+    held = [f"{mode} (from step {first[mode]:,})" if mode in first else mode for mode in now]
+    passed = [f"{mode} (at step {step:,})" for mode, step in first.items() if mode not in now]
+    return ", ".join(held or ["none"]) + (f"; passing: {', '.join(passed)}" if passed else "")

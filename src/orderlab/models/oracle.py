@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from orderlab.config_tasks import OracleConfig, OracleTask, ViTSizes
-from orderlab.errors import UserError, reading
-from orderlab.models.vit import ViTBlock, init_weights
+from orderlab.config import OracleConfig, OracleTask, UserError, ViTSizes, reading
+from orderlab.models.transformer import ViTBlock, init_weights
 from orderlab.models.weights import filled, read_safetensors, save_weights
 from orderlab.order.perm import rows_at, to_steps
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.order.perm import as_batch, rank, rows_at, to_steps
 
 OFFSETS = [(dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr, dc) != (0, 0)]

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orderlab.errors import UserError
-from orderlab.frozen import MOST_SIDE
+from orderlab.config import MOST_SIDE, UserError
 
 Cells = Iterable[tuple[int, int]]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 
 
 def to_steps(values_BP: Tensor, order_BT: Tensor) -> Tensor:

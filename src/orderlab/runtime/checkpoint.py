@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.runtime.dist import whole
 from orderlab.runtime.files import second_name, write_atomically
 

@@ -8,6 +8,7 @@ what a killed process left of them is removed by the next one that holds the loc
 from __future__ import annotations
 
 import errno
+import hashlib
 import inspect
 import json
 import logging
@@ -29,7 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from orderlab.errors import UserError, reading
+from orderlab.config import UserError, reading
 
 log = logging.getLogger("orderlab")
 HOST = re.sub(r"\W", "_", socket.gethostname())[:32] or "host"
@@ -451,3 +452,15 @@ def _is_alive(pid: int, token: str) -> bool:
     except OSError:
         return True
     return True
+
+
+def file_sha256(file: Path) -> str:
+    """64 hex digits of a file's content. Raises UserError when it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(file, "rb") as handle:
+            while piece := handle.read(2**20):
+                digest.update(piece)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}); check the path") from None
+    return digest.hexdigest()

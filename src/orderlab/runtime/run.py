@@ -23,8 +23,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import ValidationError
 
-from orderlab.config import EXECUTION_KNOBS, PATH_KNOBS, RunConfig
-from orderlab.errors import UserError, reading
+from orderlab.config import EXECUTION_KNOBS, PATH_KNOBS, RunConfig, UserError, reading
 from orderlab.runtime.files import append_line, locked, read_json, write_atomically, write_json
 
 

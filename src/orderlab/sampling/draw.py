@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 
 GUIDANCE_SCHEDULES = ("none", "linear", "power-cosine")
 POWER = 2.75  # of the power-cosine schedule: RAR-B's value (2411.00776, Table 6)

@@ -17,11 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from orderlab.errors import UserError
-from orderlab.models.backbone import Backbone
-from orderlab.models.decode import CachedDecoder
-from orderlab.models.decode_static import StaticDecoder
+from orderlab.config import UserError
+from orderlab.models.decode import CachedDecoder, StaticDecoder
 from orderlab.models.gpt import GPT
+from orderlab.models.transformer import Backbone
 from orderlab.order.perm import as_batch, to_grid
 from orderlab.sampling.draw import Watch, check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
 

@@ -5,33 +5,119 @@ checkpoint, seconds); learned orders add `orders.npy` and `drafts.npy`. Each fin
 most. Image i has its own seed; batches are dealt out over processes and change nothing.
 """
 
-# N images · P grid position
-
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from orderlab.config import RunConfig, SampleConfig
+from orderlab.config import LEARNED, SHUFFLED, RunConfig, SampleConfig, UserError, reading
 from orderlab.data.imagenet import class_rows, read_names, stored_names
-from orderlab.data.npz import read_array
+from orderlab.data.images import as_three_channels
+from orderlab.data.npz import NpzWriter, read_array
 from orderlab.data.prepare import class_names
-from orderlab.errors import UserError, reading
-from orderlab.models.checkpoints import load_model, set_precision
+from orderlab.models.gpt import GPT, MaskedModel
 from orderlab.models.oracle import load_oracle, true_class_probability
-from orderlab.runtime.dist import World, world
+from orderlab.models.order_head import OrderedGPT
+from orderlab.models.vq import VQ, tokenizer_hash
+from orderlab.models.weights import ImageModel, load_model, set_precision
+from orderlab.order.paths import path
+from orderlab.runtime.dist import ALONE, World, generator, image_seeds, world
 from orderlab.runtime.files import locked, make_folder, read_json, remove, write_array, write_arrays, write_json
-from orderlab.runtime.keys import generator, image_seeds
 from orderlab.runtime.run import RunFolder, device_name
+from orderlab.sampling import semifast
 from orderlab.sampling.draw import BadLogits
-from orderlab.sampling.methods import Method, method_for, passes
+from orderlab.sampling.generate import generate
 from orderlab.sampling.semifast import Made, Rescore
+from orderlab.sampling.unmask import METHODS as UNMASKING
+from orderlab.sampling.unmask import unmask_as
+
+# MERGED FROM sampling.methods: From a sampler's name to the function that makes images with a checkpoint; what does not fit together is refused here.
+
+# B batch · P grid position · T generation step
+
+
+Method = Callable[[Tensor, Sequence[int]], Made]
+"""(classes_B, seeds) -> images."""
+
+
+def method_for(model: ImageModel, config: SampleConfig, rescore: Rescore | None = None) -> Method:
+    """What makes images as `config` says. `rescore` chooses among candidates; None: mean log-likelihood."""
+    options: dict[str, Any] = config.model_dump(include={"guidance", "temperature", "top_k", "top_p", "guidance_schedule"})
+    name, number = config.method
+    if config.order == LEARNED:
+        return _learned(model, name, number, rescore, options)
+    if isinstance(model, MaskedModel):
+        unmasked = unmask_as(model, config)
+        return lambda classes_B, seeds: Made(unmasked(classes_B, seeds))
+    if name in UNMASKING:
+        raise UserError(f"sampler {config.sampler} needs a masked model, and this run's is causal; expected kv-cache or full-forward")
+    gpt = model.gpt if isinstance(model, OrderedGPT) else model
+    target = model.target if isinstance(model, OrderedGPT) and config.target is None else config.target
+    if name == "best-of":
+        orders = lambda seeds: _orders(config.order, gpt, seeds, number)  # noqa: E731
+        return lambda classes_B, seeds: semifast.best_of(gpt, classes_B, seeds, orders(seeds), number, rescore, target, **options)
+    if name not in ("kv-cache", "kv-cache-static", "kv-cache-plain", "full-forward"):
+        raise UserError(f"sampler {config.sampler} does not make images in order '{config.order}'; use kv-cache, or order {LEARNED}")
+
+    def plain(classes_B: Tensor, seeds: Sequence[int]) -> Made:
+        order_BT = _orders(config.order, gpt, seeds, 1)
+        return Made(generate(gpt, classes_B, order_BT, seeds=seeds, target=target, sampler=config.sampler, **options), order_BT)  # pyrefly: ignore[bad-argument-type]
+
+    return plain
+
+
+def _learned(model: ImageModel, name: str, number: int, rescore: Rescore | None, options: dict[str, Any]) -> Method:
+    if not isinstance(model, OrderedGPT):
+        raise UserError(
+            f"order {LEARNED} needs a GPT with an OrderHead; this checkpoint holds a {type(model).__name__}: name a path instead"
+        )
+    if name == "semifast":
+        return lambda classes_B, seeds: semifast.semifast(model, classes_B, seeds, number, rescore, **options)
+    if name == "phases":
+        return lambda classes_B, seeds: semifast.phases(model, classes_B, seeds, number, **options)
+    simple = {"fast": semifast.fast, "slow": semifast.slow}
+    if name not in simple:
+        raise UserError(f"order {LEARNED} is sampled by semifast-N, phases-N, fast or slow; got sampler {name}")
+    return lambda classes_B, seeds: simple[name](model, classes_B, seeds, **options)
+
+
+def decoded_images(config: SampleConfig) -> int:
+    """Images decoded for each that is kept: a learned order needs a draft, a choice its candidates."""
+    name, number = config.method
+    return {"best-of": number, "semifast": 1 + number, "fast": 2, "phases": 2, "slow": 2}.get(name, 1)
+
+
+def passes_beside(config: SampleConfig, positions: int) -> int:
+    """Teacher-forced passes for each image that is kept: states to score, and candidates to choose from."""
+    name, number = config.method
+    return {"best-of": number, "semifast": 1 + number, "fast": 1, "phases": number, "slow": positions}.get(name, 0)
+
+
+def passes(config: SampleConfig, positions: int) -> int:
+    """Forward passes that an image takes, both guidance branches in one: a step of a KV cache counts as one, as a whole pass does."""
+    if config.method[0] in UNMASKING:
+        return config.method[1]
+    return positions * decoded_images(config) + passes_beside(config, positions)
+
+
+def _orders(name: str, model: GPT, seeds: Sequence[int], candidates: int) -> Tensor:
+    """The orders [B · N, T] of candidates: one path for all, or a random one for each."""
+    if name == SHUFFLED:
+        return semifast.shuffled(model.config.positions, seeds, candidates)
+    return torch.as_tensor(path(name, *model.config.grid)).expand(len(seeds) * candidates, -1)
+
+
+# N images · P grid position
+
 
 LOCK = ".lock"
 
@@ -220,3 +306,96 @@ def _tidy(out: Path) -> None:
     """Once sample.json is there, nobody reads the parts."""
     for part in (*out.glob("part-*"), out / LOCK):
         remove(part)
+
+
+# MERGED FROM sampling.export: A sample set as one of ADM's image files, by the publisher's rules, without holding the images. The rules differ between papers and move a metric by more than its error (docs/concepts.md): how labels were chosen is the sample set's own; here are the resize (bicubic without antialias, before rounding, as LlamaGen's 384 to 256) and the rounding to uint8. Several processes decode batches in turn and the first writes them; the batches are the same for any number of processes, and so is every pixel. B batch · N images
+
+OFFSETS = {"llamagen": 128.0, "truncate": 127.5}
+BATCH = 50
+
+
+def check_rules(rounding: str, size: int | None) -> None:
+    """UserError for a rounding or a size that does not exist."""
+    if rounding not in OFFSETS:
+        raise UserError(f"unknown rounding '{rounding}'; expected one of {', '.join(OFFSETS)}")
+    if size is not None and not 8 <= size <= 4096:
+        raise UserError(f"resize is {size}; expected 8 to 4096 pixels, or none")
+
+
+def quantise(images: Tensor, rounding: str = "llamagen") -> np.ndarray:
+    """float [B,C,H,W] nominally in [-1,1] -> uint8 [B,H,W,3].
+
+    "llamagen" truncates 127.5 x + 128, which rounds half up (LlamaGen, ARPG); "truncate" truncates 127.5 x + 127.5 (RAR, ADM), which is
+    darker by half a grey level on average. Both clamp to 0..255.
+    """
+    check_rules(rounding, None)
+    pixels = (images.detach().float() * 127.5 + OFFSETS[rounding]).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return as_three_channels(pixels[..., 0]) if pixels.shape[3] == 1 else pixels
+
+
+def decoded(samples: SampleSet, vq: VQ, rounding: str, size: int | None, here: World = ALONE) -> Iterator[np.ndarray]:
+    """uint8 batches [B,H,W,3] of a sample set, in its order. Of several processes the first yields them all, the others nothing."""
+    highest, vocabulary = int(samples.tokens_NP.max()), vq.config.codebook_size
+    if not 0 <= int(samples.tokens_NP.min()) <= highest < vocabulary:
+        raise UserError(
+            f"sample set {samples.folder} holds code {highest}, the tokenizer has {vocabulary}; was it sampled with another one?"
+        )
+    count, grid = len(samples.tokens_NP), samples.grid
+    batch, (height, width) = min(BATCH, count), (size or side * vq.config.downsampling for side in grid)
+    for start in range(0, count, batch * here.size):
+        own_BP = samples.tokens_NP[start + batch * here.rank :][:batch]
+        images = np.zeros((batch, height, width, 3), np.uint8)  # of one shape for all, also beyond the end of the set
+        if len(own_BP):
+            images[: len(own_BP)] = _images(vq, own_BP, grid, rounding, size)
+        for part, collected in enumerate(here.collect(torch.from_numpy(images))):
+            kept = collected[: max(0, count - start - part * batch)]
+            if len(kept):
+                yield kept.numpy()
+
+
+@torch.inference_mode()
+def _images(vq: VQ, tokens_BP: np.ndarray, grid: tuple[int, int], rounding: str, size: int | None) -> np.ndarray:
+    device = next(vq.parameters()).device
+    images = vq.decode(torch.from_numpy(tokens_BP.astype(np.int64)).to(device), grid).float()
+    if size is not None and images.shape[2:] != (size, size):
+        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=False)
+    return quantise(images, rounding)
+
+
+def write_npz(samples: SampleSet, vq: VQ, file: Path, *, rounding: str = "llamagen", size: int | None = None) -> Path:
+    """Write `arr_0` uint8 [N,H,W,3], `arr_1` labels [N] and a note of the rules. Raises UserError when the file cannot be written.
+
+    Under torchrun every process calls this; the file is there when it returns.
+    """
+    check_rules(rounding, size)
+    with world() as here:
+        batches = decoded(samples, vq, rounding, size, here)
+        if here.is_main:
+            _write(samples, batches, file, _note(samples, vq, rounding, size))
+        else:
+            list(batches)  # nothing: they go to the first process
+        here.barrier()
+    return file
+
+
+def _note(samples: SampleSet, vq: VQ, rounding: str, size: int | None) -> dict[str, object]:
+    return {
+        "label_mode": samples.config.labels,
+        "rounding": rounding,
+        "resize": "none" if size is None else f"bicubic without antialias to {size}",
+        "seeds": [samples.config.seed],
+        "class_names": stored_names(samples.class_names),
+        "tokenizer": tokenizer_hash(vq),
+        "sample": samples.meta,
+    }
+
+
+def _write(samples: SampleSet, batches: Iterator[np.ndarray], file: Path, note: dict[str, object]) -> None:
+    first = next(batches)
+    with NpzWriter(file) as writer:
+        with writer.rows("arr_0", (len(samples.tokens_NP), *first.shape[1:]), np.uint8) as add:
+            add(first)
+            for images in batches:
+                add(images)
+        writer.array("arr_1", samples.classes_N.astype(np.int64))
+        writer.note(note)

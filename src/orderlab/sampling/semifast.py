@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orderlab.errors import UserError
+from orderlab.config import UserError
 from orderlab.models.gpt import GPT
-from orderlab.models.order_head import normalise
-from orderlab.models.ordered_gpt import OrderedGPT
+from orderlab.models.order_head import OrderedGPT, normalise
 from orderlab.order.perm import highest, in_two_groups, random_orders, remaining_by_score, to_grid, to_steps
-from orderlab.runtime.keys import generator, key
+from orderlab.runtime.dist import generator, key
 from orderlab.sampling.generate import generate
 
 Rescore = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.config import SampleConfig
-from orderlab.errors import UserError
-from orderlab.models.masked import MaskedModel
+from orderlab.config import SampleConfig, UserError
+from orderlab.models.gpt import MaskedModel
 from orderlab.order.paths import path
 from orderlab.order.perm import as_batch, highest, marked, put, states_at, to_steps
 from orderlab.sampling.draw import Watch, check_drawing, draw_tokens, guidance_scales, guide, image_uniforms

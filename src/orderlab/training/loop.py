@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orderlab.config import RunConfig
+from orderlab.config import RunConfig, UserError
 from orderlab.data.prepare import token_sets
-from orderlab.errors import UserError
 from orderlab.runtime.checkpoint import read_state, save_state
-from orderlab.runtime.dist import World, autocast, world
-from orderlab.runtime.keys import key
+from orderlab.runtime.dist import World, autocast, key, world
 from orderlab.runtime.run import RunFolder, StopSignal
-from orderlab.training.ahead import Batches
-from orderlab.training.objectives import Objective
-from orderlab.training.optim import adamw, learning_rate, moving_average
-from orderlab.training.parallel import Loss, accumulating, is_sharded, prepare, whole_state
+from orderlab.training.objectives import Batch, Objective, load_start, objective_for
+from orderlab.training.optim import Loss, accumulating, adamw, is_sharded, learning_rate, moving_average, prepare, whole_state
 from orderlab.training.speed import Speed
-from orderlab.training.start import load_start
-from orderlab.training.tasks import objective_for
+
+# MERGED FROM training.ahead: The next batch is drawn while the device works on this one: a thread reads the memory map, draws orders and pins the pages. A batch is a function of images seen alone, so drawing it early changes nothing. On a CPU the thread would only take time from the step, so it is for GPUs; a test holds both ways equal.
+
+
+class Batches:
+    """This process's rows of each global batch, on its device."""
+
+    def __init__(self, draw: Callable[[int], Batch], rows: slice, device: torch.device, step: int, end: int, is_ahead: bool | None = None):
+        """`draw(images_seen)` gives the global batch; `step` images lie between two, none begins at `end` or later."""
+        self.draw, self.rows, self.device, self.step, self.end = draw, rows, device, step, end
+        is_ahead = device.type == "cuda" if is_ahead is None else is_ahead
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if is_ahead else None
+        self.next: tuple[int, Future[Batch]] | None = None
+
+    def at(self, images_seen: int) -> Batch:
+        """The batch that follows `images_seen`; the copy to the device is under way when this returns."""
+        if self.pool is None:
+            return self._own(images_seen).to(self.device)
+        if self.next is None or self.next[0] != images_seen:
+            self.next = images_seen, self.pool.submit(self._own, images_seen)
+        batch = self.next[1].result()
+        upcoming = images_seen + self.step
+        self.next = (upcoming, self.pool.submit(self._own, upcoming)) if upcoming < self.end else None
+        return batch.to(self.device)
+
+    def _own(self, images_seen: int) -> Batch:
+        batch = self.draw(images_seen).part(self.rows)
+        return batch.pinned() if self.device.type == "cuda" else batch
+
 
 Report = Callable[[dict[str, Any]], None]
 REPORTS_PER_RUN = 200

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from orderlab.config import OptimConfig, RunConfig
-from orderlab.training.parallel import local
+from orderlab.runtime.dist import World, whole
 
 
 def adamw(model: nn.Module, config: OptimConfig, rate_scales: Mapping[str, float] = MappingProxyType({})) -> torch.optim.AdamW:
@@ -75,3 +78,98 @@ class MovingAverage(AveragedModel):
         share = 1.0 - ema_decay(self.limit, updates, self.steps) if updates else 1.0
         torch._foreach_lerp_(averaged, current, share)
         self.n_averaged += 1
+
+
+# MERGED FROM training.parallel: From a model and its loss to what a step calls: compiled, then DDP over several processes, or FSDP2 where weights and moments are split. The loss is a part of what is wrapped, so that logits (1 GB in fp32 at 64 images and 16,384 codes) never leave it. The order matters: compiling in place keeps the names of the state dict, and DDP and FSDP wrap what is compiled.
+
+
+def is_sharded(config: RunConfig, here: World) -> bool:
+    return config.sharding == "fsdp" and here.size > 1
+
+
+class Loss(nn.Module):
+    """`loss(batch)`: some rows of a batch in, their loss out."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]):
+        super().__init__()
+        self.model: Any = model
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+def prepare(loss: Loss, ema: AveragedModel | None, config: RunConfig, here: World) -> nn.Module:
+    """Compile, then wrap or shard; returns what a step calls. Weights are in place before, the optimizer made after.
+
+    One graph of forward pass and loss is the fastest step and takes a minute or more to compile; blocks take seconds. An
+    OrderHead keeps records between its passes and compiles by blocks, as does what FSDP splits block by block.
+    """
+    model = loss.model
+    if config.compile == "step" and config.task.kind != "order-head" and not is_sharded(config, here):
+        torch._dynamo.reset()  # versions compiled for an earlier run in this process count against the limit of this one's
+        torch._dynamo.config.optimize_ddp = False  # one graph, not one for each bucket of gradients
+        loss.compile(dynamic=False)
+    elif config.compile != "off":
+        torch._dynamo.reset()
+        for layer in getattr(model, "layers", []):
+            layer.compile()
+    if is_sharded(config, here):
+        shard(model)
+        if ema is not None:
+            shard(ema.module)
+        return loss
+    if here.size == 1:
+        return loss
+    return DistributedDataParallel(
+        loss,
+        device_ids=[here.device.index] if here.device.type == "cuda" else None,
+        # The target table rests in the raster phase of a run that has one, parts of an OrderHead where its schedules say so.
+        find_unused_parameters=config.model.target_embedding or config.task.kind == "order-head",
+        gradient_as_bucket_view=True,  # gradients once in memory, not twice
+    )
+
+
+def shard(model: Any) -> None:
+    """Split each block, then the rest (embeddings, norm, head), over all processes. fp32 shards: autocast makes the products bf16."""
+    from torch.distributed.fsdp import fully_shard  # slow to import, and few runs need it
+
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+
+def accumulating(forward: Any, is_last: bool) -> AbstractContextManager[object]:
+    """Around a micro-step: gradients are exchanged at the last one only."""
+    if isinstance(forward, Loss) and hasattr(forward.model, "set_requires_gradient_sync"):  # FSDP2's mark on a module
+        forward.model.set_requires_gradient_sync(is_last)
+    elif isinstance(forward, DistributedDataParallel) and not is_last:
+        return forward.no_sync()
+    return nullcontext()
+
+
+def clip(model: nn.Module, limit: float) -> Tensor:
+    """Clip the global gradient norm; returns the norm before, on the device. Parameters without a gradient count for nothing."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    return whole(nn.utils.clip_grad_norm_(trained, limit)) if trained else _nothing(model)
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The global gradient norm, on the device; zero where nothing has a gradient."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return whole(nn.utils.get_total_norm(gradients)) if gradients else _nothing(model)
+
+
+def _nothing(model: nn.Module) -> Tensor:
+    """The norm of no gradient, on the model's device, where the norms of its other parts are; torch's own lies on the CPU."""
+    return torch.zeros((), device=next(model.parameters()).device)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with full tensors on the CPU; every process must ask."""
+    return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+
+
+def local(tensors: Sequence[Any]) -> list[Tensor]:
+    """This process's part of each tensor."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]

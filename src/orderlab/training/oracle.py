@@ -4,27 +4,256 @@ Each global batch keeps one share of the tokens, uniform in [0.1, 1], and each i
 rectangular, and one forward pass costs what its tokens cost. Cross-entropy on the true class; labels are not dropped.
 """
 
-# B batch · P grid position · K tokens that are shown
-
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
+import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.config import RunConfig
-from orderlab.config_tasks import OracleTask
-from orderlab.data.prepare import codebook
-from orderlab.data.tokens import TokenSet, evenly_spaced
-from orderlab.errors import UserError
-from orderlab.models.oracle import Oracle, oracle_sizes, save_oracle
-from orderlab.order.perm import random_orders
-from orderlab.runtime.keys import generator, key
+from orderlab.config import OracleTask, RunConfig, UserError
+from orderlab.data.prepare import codebook, token_sets
+from orderlab.data.tokens import TokenSet, computed_once, evenly_spaced
+from orderlab.models.oracle import Oracle, load_oracle, oracle_sizes, save_oracle, true_class_probability
+from orderlab.models.weights import weights_hash
+from orderlab.order.perm import in_groups, random_orders, to_grid
+from orderlab.runtime.dist import generator, key, own_device
+from orderlab.runtime.run import RunFolder
 from orderlab.training.objectives import Batch, Objective
+
+# MERGED FROM training.clusters: Which tokens of an image belong together: disjoint clusters of equal size, by what the tokens are and where they lie. Balanced k-means on each image by itself. A token's features are its unit codebook entry and half its place on the grid, each axis from -1 to 1; k-means++ starts it, from a generator of the image's index, and in each of ten rounds an optimal assignment (scipy's) gives every cluster the same number of tokens. The study names such clusters and does not define them: this is ours.
+
+# N images · P grid position · C width of a codebook entry · G clusters · F features
+
+
+Progress = Callable[[int, int], None]
+ROUNDS = 10
+PLACE_WEIGHT = 0.5
+PART = 250  # images between two writes
+
+
+def silent(done: int, total: int) -> None:
+    """Tells nobody how far it is."""
+
+
+def stage(progress: Progress, number: int, stages: int) -> Progress:
+    """Progress of one of several stages, told as progress of the whole; each counts as much as another."""
+    return lambda done, total: progress(number * total + done, stages * total)
+
+
+def features(entries_PC: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """[P, C + 2] float64: the unit entries, then 0.5 · (row, column), both scaled to [-1, 1]."""
+    rows_P, columns_P = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    places_P2 = np.stack([2 * rows_P / max(1, grid[0] - 1) - 1, 2 * columns_P / max(1, grid[1] - 1) - 1], axis=1)
+    return np.concatenate([entries_PC, PLACE_WEIGHT * places_P2], axis=1).astype(np.float64)
+
+
+def balanced_clusters(features_PF: np.ndarray, clusters: int, image: int) -> np.ndarray:
+    """The cluster of each token, int64 [P], P / clusters tokens each; a function of the features and the image's index."""
+    centres_GF = _first_centres(features_PF, torch.rand(clusters, dtype=torch.float64, generator=generator("cluster", image)).numpy())
+    group_P = np.full(len(features_PF), -1)
+    for _ in range(ROUNDS):
+        previous_P, group_P = group_P, assign(_squared_distances(features_PF, centres_GF))
+        if np.array_equal(previous_P, group_P):
+            break
+        centres_GF = np.stack([features_PF[group_P == g].mean(0) for g in range(clusters)])
+    return group_P
+
+
+def _first_centres(features_PF: np.ndarray, uniform_G: np.ndarray) -> np.ndarray:
+    """k-means++: each next centre is a token drawn with probability proportional to its squared distance from the nearest so far."""
+    chosen = [int(uniform_G[0] * len(features_PF))]
+    nearest_P = np.full(len(features_PF), np.inf)
+    for uniform in uniform_G[1:]:
+        nearest_P = np.minimum(nearest_P, _squared_distances(features_PF, features_PF[chosen[-1:]])[:, 0])
+        mass_P = nearest_P.cumsum()
+        drawn = int(np.searchsorted(mass_P, uniform * mass_P[-1], side="right"))
+        chosen.append(min(drawn, len(features_PF) - 1))
+    return features_PF[chosen]
+
+
+def _squared_distances(features_PF: np.ndarray, centres_GF: np.ndarray) -> np.ndarray:
+    return np.square(features_PF[:, None] - centres_GF[None]).sum(-1)
+
+
+def assign(cost_PG: np.ndarray) -> np.ndarray:
+    """The cheapest assignment that fills every cluster equally: each cluster stands P / G times among the columns."""
+    size = len(cost_PG) // cost_PG.shape[1]
+    return linear_sum_assignment(np.repeat(cost_PG, size, axis=1))[1] // size
+
+
+def cluster_maps(token_set: TokenSet, codebook_VC: Tensor, size: int, cache: Path, progress: Progress = silent) -> np.ndarray:
+    """The cluster of every token of a set, uint16 [N, views, P], clusters of `size` tokens; computed once and kept under `cache`.
+
+    Raises `UserError` where `size` does not divide the number of tokens.
+    """
+    meta = token_set.meta
+    positions = meta.grid[0] * meta.grid[1]
+    if size < 1 or positions % size:
+        raise UserError(
+            f"cls_k {size} does not divide the {positions} tokens of an image; choose a divisor, such as {max(1, positions // 4)}"
+        )
+    codebook = codebook_VC.cpu().numpy()
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        tokens_NVP = np.asarray(token_set.tokens[start:stop])
+        groups = [
+            balanced_clusters(features(codebook[tokens_P], meta.grid), positions // size, start + i)
+            for i, tokens_VP in enumerate(tokens_NVP)
+            for tokens_P in tokens_VP
+        ]
+        progress(stop, len(token_set))
+        return np.asarray(groups, dtype=np.uint16).reshape(tokens_NVP.shape)
+
+    name = f"clusters-{size}-{token_digest(token_set)}-{weights_hash({'codebook': codebook_VC})}.npy"
+    return computed_once(Path(cache) / name, token_set.tokens.shape, np.uint16, rows, PART)
+
+
+def token_digest(token_set: TokenSet, has_labels: bool = False) -> str:
+    """16 hex digits of a set's tokens, and of its labels as they are read where they matter."""
+    digest = hashlib.sha256(repr(token_set.tokens.shape).encode())
+    for start in range(0, len(token_set), 65536):
+        digest.update(token_set.tokens[start : start + 65536].tobytes())
+    if has_labels:
+        labels = np.asarray(token_set.labels, dtype=np.int64)
+        digest.update((labels if token_set.class_rows is None else token_set.class_rows[labels]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+# MERGED FROM training.importance: What each token of an image is worth to the oracle: the maps that the OrderHead's scores are regressed on (the study's Section 6). `saliency_attn`: what [CLS] attends to in the last layer, all tokens shown. `oracle`: the tokens fall into P / cls_k disjoint clusters, and each is worth the probability of the true class when its own cluster alone is shown. The first is the study's bug 4: attention sums to 1 over the tokens, so its values lie around 1 / P and a regression on them has next to nothing to learn.
+
+# N images · V views · P grid position · B images and views of one pass · G clusters · K tokens of a cluster
+
+
+Mode = Literal["saliency_attn", "oracle"]
+TOKENS_PER_PASS = 32768
+
+
+def importance_maps(oracle_file: Path, token_set: TokenSet, mode: Mode, cls_k: int, cache: Path, progress: Progress = silent) -> np.ndarray:
+    """The maps of a whole token set, read-only float32 [N, views, P] in grid space, computed once and kept under `cache`.
+
+    `cls_k` is the number of tokens in a cluster (mode "oracle" alone). A map is found again by the oracle's weights, the
+    tokens, the classes, the mode and `cls_k`. Raises `UserError` for an oracle of other tokens, an unknown mode, and a
+    `cls_k` that does not divide the number of tokens.
+    """
+    if mode not in get_args(Mode):
+        raise UserError(f"unknown importance mode '{mode}'; expected one of {', '.join(get_args(Mode))}")
+    oracle = load_oracle(oracle_file)
+    check_tokens(oracle, token_set, oracle_file)
+    is_clustered, views = mode == "oracle", token_set.tokens.shape[1]
+    told = stage(progress, 1, 2) if is_clustered else progress
+    groups = cluster_maps(token_set, oracle.codebook, cls_k, cache, stage(progress, 0, 2)) if is_clustered else None
+    oracle.to(own_device())
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        indices, chosen = np.repeat(np.arange(start, stop), views), np.tile(np.arange(views), stop - start)
+        classes_B, tokens_BP = (values.to(oracle.codebook.device) for values in token_set.read(indices, chosen))
+        if groups is None:
+            maps_BP = saliency_map(oracle, tokens_BP)
+        else:
+            group_BP = torch.from_numpy(groups[indices, chosen].astype(np.int64)).to(tokens_BP.device)
+            maps_BP = cluster_map(oracle, tokens_BP, classes_B, group_BP)
+        told(stop, len(token_set))
+        return maps_BP.cpu().numpy().reshape(stop - start, views, -1)
+
+    digest = f"{weights_hash(oracle.state_dict())}-{token_digest(token_set, has_labels=True)}"
+    name = f"importance-{mode}{f'-{cls_k}' if is_clustered else ''}-{digest}.npy"
+    part = max(1, TOKENS_PER_PASS // (views * oracle.config.positions))
+    return computed_once(Path(cache) / name, token_set.tokens.shape, np.float32, rows, part)
+
+
+@torch.no_grad()
+def saliency_map(oracle: Oracle, tokens_BP: Tensor) -> Tensor:
+    """[CLS]'s attention to each token in the last layer, mean over heads, every token shown: [B, P], sums to less than 1."""
+    return oracle.saliency(tokens_BP)
+
+
+def cluster_map(oracle: Oracle, tokens_BP: Tensor, classes_B: Tensor, group_BP: Tensor) -> Tensor:
+    """The true class's probability from a token's own cluster alone: [B, P], at most G values an image.
+
+    `group_BP` numbers each token's cluster 0..G-1; all clusters are of one size.
+    """
+    order_BP, clusters = in_groups(group_BP), int(group_BP.max()) + 1
+    shown_BGK = order_BP.unflatten(1, (clusters, -1))
+    probability_BG = true_class_probability(
+        oracle,
+        tokens_BP.repeat_interleave(clusters, dim=0),
+        classes_B.repeat_interleave(clusters),
+        shown_BGK.flatten(0, 1),
+    ).view(len(tokens_BP), clusters)
+    return to_grid(probability_BG.repeat_interleave(shown_BGK.shape[2], dim=1), order_BP)
+
+
+def spread(maps_NP: np.ndarray) -> tuple[float, float]:
+    """(std, std / mean) over the positions of an image, mean over images: how far a map is from flat, raw and relative."""
+    maps_NP = np.asarray(maps_NP, dtype=np.float64)
+    std_N = maps_NP.std(axis=1)
+    return float(std_N.mean()), float((std_N / maps_NP.mean(axis=1)).mean())
+
+
+def check_tokens(oracle: Oracle, token_set: TokenSet, file: Path) -> None:
+    """Raise `UserError` where the oracle was trained on tokens of another kind than the set's."""
+    meta, config = token_set.meta, oracle.config
+    if meta.grid != config.grid or meta.vocabulary > config.vocabulary or meta.tokenizer_hash != oracle.tokenizer_hash:
+        found, expected = (
+            f"{grid[0]}x{grid[1]} tokens of {vocabulary} codes by tokenizer {name}"
+            for grid, vocabulary, name in (
+                (meta.grid, meta.vocabulary, meta.tokenizer_hash),
+                (config.grid, config.vocabulary, oracle.tokenizer_hash),
+            )
+        )
+        raise UserError(f"{token_set.folder} holds {found}; the oracle {file} reads {expected}: train one on these tokens")
+
+
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """Both maps of a run's validation images (first view): {mode: [N, P]}, beside their tokens [N, P] and classes [N]."""
+
+    config: RunConfig
+    cls_k: int
+    tokens_NP: np.ndarray
+    classes: np.ndarray
+    maps: dict[str, np.ndarray]
+
+
+def measure(run: Path, cls_k: int | None = None, checkpoint: str = "final", progress: Progress = silent) -> Importance:
+    """The importance maps of a trained oracle's validation images; `cls_k` is a quarter of the grid when None.
+
+    They are kept beside the token sets. Raises `UserError` for a folder that holds no trained oracle.
+    """
+    folder = RunFolder(run)
+    config = folder.config()
+    if not isinstance(config.task, OracleTask):
+        raise UserError(f"{run} is a run of {config.recipe}, not of an oracle; train one: orderlab oracle train --scale {config.scale}")
+    cache = folder.cache
+    _, validation = token_sets(config.data, config.model.grid, cache)
+    size = cls_k if cls_k is not None else max(1, config.model.positions // 4)
+    file = folder.checkpoints / f"{checkpoint}.safetensors"
+    maps = {}
+    for number, mode in enumerate(get_args(Mode)):
+        maps[mode] = importance_maps(file, validation, mode, size, cache, stage(progress, number, 2))[:, 0]
+    classes_N, tokens_NP = validation.read(np.arange(len(validation)))
+    return Importance(config, size, tokens_NP.numpy(), classes_N.numpy(), maps)
+
+
+def classes_in_turn(classes_N: np.ndarray, count: int) -> np.ndarray:
+    """`count` images, the first of each class, then the second of each; classes evenly spaced where there are more than `count`."""
+    present = np.unique(classes_N)
+    chosen = present[np.linspace(0, len(present) - 1, min(count, len(present))).round().astype(int)]
+    members = {label: np.flatnonzero(classes_N == label) for label in chosen}
+    turns = [members[label][turn] for turn in range(len(classes_N)) for label in chosen if turn < len(members[label])]
+    return np.asarray(turns[:count])
+
+
+# B batch · P grid position · K tokens that are shown
+
 
 VALIDATION_BATCH = 250
 SHARES = (0.25, 1.0)  # of the tokens, at which accuracy is reported: val@25 and val@100

@@ -2,7 +2,7 @@
 
 Loss = generation loss through the straight-through split + lambda_cls · oracle loss + lambda_align · alignment loss + score
 penalty; the run's config says which of them count. What is logged of every step tells how the scores and the body fare;
-`evaluate/diagnosis.py` reads it.
+`evaluate/probes.py` reads it.
 """
 
 # B batch · P grid position · T generation step · V codebook · C width of a codebook entry
@@ -20,20 +20,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.config import RunConfig
-from orderlab.config_tasks import OracleUse, OrderHeadTask
+from orderlab.config import OracleUse, OrderHeadTask, RunConfig, UserError
 from orderlab.data.prepare import codebook
 from orderlab.data.tokens import TokenSet, evenly_spaced
-from orderlab.errors import UserError
-from orderlab.evaluate.diagnosis import Diagnosis
 from orderlab.evaluate.likelihood import nll
-from orderlab.models.order_head import Split, normalise, split, temperature_at, truth_ratio_at
-from orderlab.models.ordered_gpt import Ordered, OrderedGPT, save_ordered_gpt
+from orderlab.evaluate.probes import Diagnosis
+from orderlab.models.order_head import Ordered, OrderedGPT, Split, normalise, split, temperature_at, truth_ratio_at
+from orderlab.models.weights import load_ordered_state, save_ordered_gpt
 from orderlab.order.perm import to_grid
-from orderlab.runtime.keys import generator, key
-from orderlab.training.importance import importance_maps
+from orderlab.runtime.dist import generator, key
 from orderlab.training.objectives import Batch, Objective
-from orderlab.training.parallel import clip, gradient_norm
+from orderlab.training.optim import clip, gradient_norm
+from orderlab.training.oracle import importance_maps
 
 VALIDATION_IMAGES, VALIDATION_BATCH = 2000, 250
 MAPPED_CLASSES = 20  # a record of validation holds the score maps of so many classes
@@ -76,7 +74,7 @@ class OrderHead(Objective[OrderedGPT]):
         return importance_of(self.task.oracle, self.config, self.train, self.runs) if self.task.oracle else None
 
     def load_start(self, tensors: dict[str, Tensor], file: Path) -> None:
-        self.model.load(tensors, file)
+        load_ordered_state(self.model, tensors, file)
 
     def batch(self, images_seen: int) -> OrderHeadBatch:
         config, task, size = self.config, self.task, self.config.batch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orderlab.errors import UserError
-from orderlab.verbs.output import Count, Number, numbering, print_json
+from orderlab.config import UserError
+from orderlab.verbs import Count, Number, numbering, print_json
 
 
 def weights_inception(file: Path | None = None, download: bool = False) -> None:
@@ -16,7 +16,7 @@ def weights_inception(file: Path | None = None, download: bool = False) -> None:
         file: the file pt_inception-2015-12-05-6726825d.pth, already on this machine
         download: fetch it
     """
-    from orderlab.evaluate import weights
+    from orderlab.evaluate import inception as weights
 
     if (file is None) == (not download):
         raise UserError(f"give either --file or --download; {weights.how_to_get()}")
@@ -133,7 +133,7 @@ def nearest(samples: Path, /, picture: Path | None = None, network: str | None =
         network: inception, fashion, efficientnet-lite0 or a TorchScript file; by image size when empty
         json: print for programs
     """
-    from orderlab.evaluate.memorisation import run as measure
+    from orderlab.evaluate.compare import nearest_of_run as measure
 
     result = measure(samples, picture=picture, network=network)
     if json:
@@ -174,7 +174,7 @@ def reference(
         labels: classes of validation images that lie in no class folder: ILSVRC2012_devkit_t12.tar.gz, or lines of name and id
     """
     from orderlab.data.images import image_batches
-    from orderlab.evaluate.extractors import default_network, extractor
+    from orderlab.evaluate.networks import default_network, extractor
     from orderlab.evaluate.reference import BATCH, write_reference
     from orderlab.runtime.files import check_replaceable
 
@@ -197,8 +197,8 @@ def reference_verify(reference: Path, samples: Path, /) -> None:
         reference: VIRTUAL_imagenet256_labeled.npz
         samples: admnet_guided_upsampled_imagenet256.npz
     """
-    from orderlab.evaluate.verify import verify
-    from orderlab.evaluate.weights import inception
+    from orderlab.evaluate.inception import inception
+    from orderlab.evaluate.score import verify
 
     records = verify(reference, samples, inception())
     print(f"{reference.name} is ADM's reference: {', '.join(f'{record.quantity} {record.value:.4f}' for record in records)}")
@@ -224,7 +224,7 @@ def bench_metrics(
         out: JSON file to write
         json: print the JSON in place of the table
     """
-    from orderlab.bench.metrics import run
+    from orderlab.bench.training import run_metrics as run
 
     result = run(samples, width, repeats=repeats, stream=stream, has_scipy=scipy, out=out, quiet=json)
     if json:
@@ -236,7 +236,7 @@ def write_npz(folder: Path, file: Path, rounding: str, size: int | None) -> None
     from orderlab.data.prepare import tokenizer
     from orderlab.runtime.dist import own_device
     from orderlab.runtime.run import run_of
-    from orderlab.sampling.export import write_npz as write
     from orderlab.sampling.sample import SampleSet
+    from orderlab.sampling.sample import write_npz as write
 
     write(SampleSet(folder), tokenizer(run_of(folder).config().data.tokenizer, own_device()), file, rounding=rounding, size=size)

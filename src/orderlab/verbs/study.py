@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orderlab import catalog
-from orderlab.verbs.output import RUNS, Count, Seed, leave_if_stopped, placed, print_cost, print_json, read_state
+from orderlab.config import UserError
+from orderlab.study import catalog
+from orderlab.verbs import RUNS, Count, Seed, leave_if_stopped, numbers, placed, print_cost, print_json, read_state
 
 
 def reproduce(
@@ -39,14 +41,14 @@ def reproduce(
     """
     known = catalog.sampling(catalog.scale_named(scale), images)
     chosen = catalog.rows_named(rows, known)
-    from orderlab import reproduce as module
+    from orderlab.study import reproduce as module
 
     if dry_run:
         costs = module.dry_run(chosen, known, seed)
         if json:
             print_json(costs)
             return
-        from orderlab.cost import readable
+        from orderlab.study.cost import readable
 
         print(f"scale {scale}: {known.description}")
         for group in costs.values():
@@ -120,7 +122,7 @@ def show(row: str, /, scale: str = "demo", seed: Seed = 0, dry_run: bool = False
         shown |= {"row": known.id, "source": known.source.printed(), "note": catalog.row_note(known, at_scale)}
         shown["sample"] = catalog.sample_config(known, at_scale).model_dump(mode="json")
     if dry_run:
-        from orderlab.cost import training_cost
+        from orderlab.study.cost import training_cost
 
         print_cost(shown, training_cost(config, at_scale), json)
     else:
@@ -145,9 +147,9 @@ def report(
         runs: where run folders lie
         out: folder to write; runs/reports/SCALE-seedK when empty
     """
-    from orderlab.report.build import build
-    from orderlab.report.collect import collect, report_folder
-    from orderlab.report.comparisons import with_comparisons
+    from orderlab.study.report.collect import collect, report_folder
+    from orderlab.study.report.methods import with_comparisons
+    from orderlab.study.report.page import build
 
     known = catalog.sampling(catalog.scale_named(scale), images)
     chosen = catalog.rows_named(rows, known)
@@ -165,11 +167,181 @@ def compare_methods(scale: str = "demo", seed: Seed = 0, runs: Path = RUNS, json
         runs: where run folders lie
         json: print for programs; a cell nobody measured is null
     """
-    from orderlab.report.comparisons import as_json, as_text, sheets
-    from orderlab.report.methods import Runs
+    from orderlab.study.report.methods import Runs, as_json, as_text, sheets
 
     found = sheets(Runs(catalog.scale_named(scale), runs, seed))
     if json:
         print_json({"scale": scale, "seed": seed, "tables": as_json(found)})
     else:
         print(as_text(found))
+
+
+# MERGED FROM verbs.cluster: Verbs of the paper scale: launch jobs, and what everything will take.
+
+
+def launch(
+    rows: tuple[str, ...],
+    /,
+    scale: str = "paper",
+    gpus: Count = 4,
+    seeds: str = "0",
+    slurm: tuple[str, ...] = (),
+    minutes: Count = 24 * 60,
+    data: Path | None = None,
+    tokenizer: str | None = None,
+    start: Path | None = None,
+    reference: Path | None = None,
+    runs: Path = RUNS,
+    local: bool = False,
+    print: bool = False,
+    json: bool = False,
+) -> None:
+    """Rows as Slurm jobs, one for each training run and seed: train, sample, measure; queued again after preemption.
+
+    Args:
+        rows: rows, tables or runs
+        scale: paper, paper-1k, or any other
+        gpus: processes of a job, one a GPU
+        seeds: seeds with commas between
+        slurm: sbatch's settings as key=value (partition=gpu account=vision constraint=h100)
+        minutes: time limit of a job
+        data: folder of token sets, where the scale's own is elsewhere
+        tokenizer: weight file or name of the image tokenizer, in place of the scale's; FILE#ema for averaged weights
+        start: weight file that fine-tunes start from
+        reference: npz that ImageNet samples are scored against; without one they are not
+        runs: where run folders lie
+        local: run here instead, one job after the other, and wait
+        print: print the sbatch script; submit nothing
+        json: print for programs
+    """
+    import builtins
+
+    from orderlab.runtime.dist import Settings, sbatch_script, submit
+    from orderlab.study.reproduce import job_plans, work
+
+    known = catalog.scale_named(scale)
+    chosen, places = catalog.rows_named(rows, known), (data, start, placed(tokenizer), reference)
+    plans = [plan for seed in numbers(seeds, "--seeds") for plan in job_plans(chosen, known, runs.absolute(), seed, *places)]
+    settings = Settings(runs.absolute() / "jobs", gpus, minutes, f"orderlab-{scale}", slurm)
+    names = [f"{'+'.join(dict.fromkeys(row.run for row in plan.rows))}, seed {plan.seed}: {len(plan.rows)} rows" for plan in plans]
+    if print:
+        builtins.print(sbatch_script(settings, len(plans)))
+        builtins.print("\n".join(f"# job {i}: {name}" for i, name in enumerate(names)))
+        return
+    submitted = []
+    for part in [[plan] for plan in plans] if local else [plans]:
+        jobs = submit(settings, [partial(work, plan) for plan in part], is_local=local)
+        submitted += jobs
+        if local:
+            _wait(jobs)
+    if json:
+        print_json([{"job": job.job_id, "work": name, "log": str(job.paths.stdout)} for job, name in zip(submitted, names)])
+        return
+    for job, name in zip(submitted, names):
+        builtins.print(f"job {job.job_id} · {name} · log {job.paths.stdout}")
+    builtins.print(f"then: orderlab report --scale {scale} --rows {' '.join(rows)} --runs {runs}")
+
+
+def _wait(jobs: list) -> None:
+    for job in jobs:
+        job.wait()
+        errors = [line for line in (job.stderr() or "").splitlines() if "UserError: " in line]
+        if job.exception() is not None:
+            reason = errors[-1].split("UserError: ", 1)[1] if errors else str(job.exception()).strip().splitlines()[-1]
+            raise UserError(f"job {job.job_id} failed: {reason}; its log is {job.paths.stderr}")
+
+
+def cost(table: bool = False, scale: str = "paper", json: bool = False) -> None:
+    """What the study's runs and samplers take: parameters, FLOPs, memory, disk, hours; estimates, none of them measured.
+
+    Args:
+        table: the study's two tables (training cost, inference cost) from these; else each run of the catalogue
+        scale: paper, paper-1k, or any other
+        json: print for programs
+    """
+    from orderlab.study import cost as cost_tables
+
+    known = catalog.scale_named(scale)
+    tables = cost_tables.study_tables(known) if table else cost_tables.run_table(known)
+    if json:
+        print_json(tables)
+    else:
+        print(cost_tables.as_text(tables))
+
+
+# MERGED FROM verbs.hub: Verbs of weights: hub import, hub export, hub push.
+
+
+def hub_import(
+    file: Path,
+    out: Path | None = None,
+    /,
+    heads: Count | None = None,
+    grid: str | None = None,
+    classes: Count | None = None,
+    json: bool = False,
+) -> None:
+    """LlamaGen's checkpoint (c2i_B_256.pt) as safetensors with its config, bit for bit.
+
+    Args:
+        file: LlamaGen's .pt or .safetensors, or ours; FILE#ema takes the averaged weights of a training file that holds both
+        out: .safetensors file to write; FILE's name with that suffix when empty
+        heads: attention heads, where the sizes match no LlamaGen preset
+        grid: HEIGHTxWIDTH of the tokens, where it is not the preset's
+        classes: how many, where the class table has no row for the null class of guidance
+        json: print for programs
+    """
+    from orderlab.order.paths import parse_grid
+    from orderlab.study.hub import import_weights
+
+    result = import_weights(file, out, heads, parse_grid(grid) if grid else None, classes)
+    if json:
+        print_json(result)
+        return
+    config = result["config"]
+    print(f"{result['file']}: {result['parameters']:,} parameters, {config['layers']} layers of width {config['dim']}")
+    print(f"  grid     {config['grid'][0]}x{config['grid'][1]} tokens of {config['vocabulary']:,} codes; --grid HEIGHTxWIDTH for another")
+    null = (
+        f"row {config['classes']} is the null class of guidance"
+        if config["has_null_class"]
+        else "none of them is a null class: no guidance"
+    )
+    print(f"  classes  {config['classes']}: the class table has {result['class_rows']} rows, {null}; --classes N for another number")
+    if result["dropped"]:
+        print(f"dropped, no weights: {len(result['dropped'])} entries ({result['dropped'][0]}, ...)")
+
+
+def hub_export(
+    run: Path, out: Path, /, format: str = "safetensors", merge_target: str | None = None, checkpoint: str = "final", json: bool = False
+) -> None:
+    """A run as a folder to share: weights, config, metrics and a model card with its rows.
+
+    Args:
+        run: the run folder
+        out: folder to write
+        format: safetensors (ours) or llamagen (what its samplers read)
+        merge_target: merge the target table into the inputs for this order, as RAR's authors export
+        checkpoint: final, final-ema, random-end or anneal-end
+        json: print for programs
+    """
+    from orderlab.study.hub import export_run
+
+    done = export_run(run, out, format, merge_target, checkpoint)
+    if json:
+        print_json({"files": [str(file) for file in done.files], "notes": done.notes})
+        return
+    for line in (*map(str, done.files), *(f"note: {note}" for note in done.notes)):
+        print(line)
+
+
+def hub_push(folder: Path, repository: str, /, private: bool = False) -> None:
+    """Upload an exported folder to the Hugging Face Hub (needs the extra [hub]).
+
+    Args:
+        folder: what hub export wrote
+        repository: OWNER/NAME
+        private: make the repository private
+    """
+    from orderlab.study.hub import push
+
+    print(push(folder, repository, private))
