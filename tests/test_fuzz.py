@@ -36,7 +36,7 @@ from orderlab.models.gpt import GPT, MaskedModel
 from orderlab.models.oracle import Oracle, load_oracle, save_oracle
 from orderlab.models.order_head import OrderedGPT
 from orderlab.models.vq import VQ, VQConfig, load_vq, save_vq
-from orderlab.models.weights import load_gpt, load_model, save_gpt, save_masked, save_ordered_gpt
+from orderlab.models.weights import load_gpt, load_model, save_model
 from orderlab.runtime.checkpoint import read_state, save_state
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling.sample import SampleSet
@@ -88,7 +88,7 @@ def write_class_folders(folder: Path) -> None:
 
 
 def write_gpt(folder: Path) -> None:
-    save_gpt(GPT(SIZES), folder / "gpt.safetensors")
+    save_model(GPT(SIZES), folder / "gpt.safetensors")
 
 
 def write_llamagen_gpt(folder: Path) -> None:
@@ -97,12 +97,12 @@ def write_llamagen_gpt(folder: Path) -> None:
 
 
 def write_masked(folder: Path) -> None:
-    save_masked(MaskedModel(SIZES), folder / "masked.safetensors")
+    save_model(MaskedModel(SIZES), folder / "masked.safetensors")
 
 
 def write_ordered(folder: Path) -> None:
     head = OrderHeadConfig(state_dim=4, entry_dim=2, positions=4, dim=4, layers=1, heads=1, mlp_dim=4, registers=1)
-    save_ordered_gpt(OrderedGPT(SIZES, OrderHeadTask(head=head, first=1)), folder / "ordered.safetensors")
+    save_model(OrderedGPT(SIZES, OrderHeadTask(head=head, first=1)), folder / "ordered.safetensors")
 
 
 def write_oracle(folder: Path) -> None:

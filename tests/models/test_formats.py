@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from orderlab.config import GPTConfig, UserError
 from orderlab.models.gpt import GPT, PRESETS
-from orderlab.models.weights import load_gpt, merge_target, read_weights, save_gpt
+from orderlab.models.weights import load_gpt, merge_target, read_weights, save_model
 from orderlab.order.paths import path
 from orderlab.sampling.generate import generate
 
@@ -27,7 +27,7 @@ def equal(a: GPT, b: GPT) -> bool:
 
 
 def test_our_export_keeps_weights_and_config(model: GPT, tmp_path: Path) -> None:
-    save_gpt(model, tmp_path / "a.safetensors", header={"note": {"x": 1}})
+    save_model(model, tmp_path / "a.safetensors", header={"note": {"x": 1}})
     loaded = load_gpt(tmp_path / "a.safetensors")
     assert loaded.config == CONFIG
     assert equal(loaded, model)
@@ -103,7 +103,7 @@ def test_a_class_table_without_a_null_row(model: GPT, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"5 rows; --classes 7 does not fit, expected 4 or 5"):
         load_gpt(tmp_path / "a.pt", heads=2, grid=(2, 3), classes=7)
     five = load_gpt(tmp_path / "a.pt", heads=2, grid=(2, 3), classes=5)
-    save_gpt(five, tmp_path / "a.safetensors")
+    save_model(five, tmp_path / "a.safetensors")
     again = load_gpt(tmp_path / "a.safetensors")
     assert (again.config.classes, again.config.has_null_class) == (5, False)
     assert equal(again, model)
@@ -130,13 +130,13 @@ def test_averaged_weights_are_named_after_the_file(model: GPT, tmp_path: Path, c
     assert equal(load_gpt(tmp_path / "a.pt", heads=2, grid=(2, 3)), model)
     assert f"{tmp_path / 'a.pt'}#ema names the other" in caplog.text
     assert equal(load_gpt(f"{tmp_path / 'a.pt'}#ema", heads=2, grid=(2, 3)), averaged)
-    save_gpt(model, tmp_path / "b.safetensors")
+    save_model(model, tmp_path / "b.safetensors")
     with pytest.raises(UserError, match="holds one set of weights"):
         load_gpt(f"{tmp_path / 'b.safetensors'}#ema")
 
 
 def test_wrong_shape_names_key_expected_and_found(model: GPT, tmp_path: Path) -> None:
-    save_gpt(model, tmp_path / "a.safetensors")
+    save_model(model, tmp_path / "a.safetensors")
     tensors = load_file(tmp_path / "a.safetensors")
     header = read_weights(tmp_path / "a.safetensors").header
     tensors["layers.1.attention.wo.weight"] = torch.zeros(16, 8)
@@ -146,7 +146,7 @@ def test_wrong_shape_names_key_expected_and_found(model: GPT, tmp_path: Path) ->
 
 
 def test_missing_and_unexpected_keys_are_named(model: GPT, tmp_path: Path) -> None:
-    save_gpt(model, tmp_path / "a.safetensors")
+    save_model(model, tmp_path / "a.safetensors")
     tensors, header = load_file(tmp_path / "a.safetensors"), read_weights(tmp_path / "a.safetensors").header
     save_file({k: v for k, v in tensors.items() if k != "norm.weight"}, tmp_path / "b.safetensors", header)
     with pytest.raises(UserError, match=r"norm\.weight is missing"):
@@ -174,7 +174,7 @@ def test_a_merged_table_changes_nothing_under_its_order(order_name: str, tmp_pat
     expected = model(classes, tokens, order, target=True)
     torch.testing.assert_close(merged(classes, tokens, order), expected, atol=1e-5, rtol=0)
     assert not torch.allclose(model(classes, tokens, order, target=False), expected, atol=1e-2)
-    save_gpt(merged, tmp_path / "merged.safetensors")
+    save_model(merged, tmp_path / "merged.safetensors")
     again = load_gpt(tmp_path / "merged.safetensors").double()
     for sampler in ("kv-cache", "full-forward"):
         drawn = generate(again, classes, order, seeds=[1, 2], guidance=2.0, sampler=sampler)
@@ -193,7 +193,7 @@ def test_truncated_files_are_one_clear_line(model: GPT, tmp_path: Path, suffix: 
     if suffix == ".pt":
         torch.save({"model": model.state_dict()}, file)
     else:
-        save_gpt(model, file)
+        save_model(model, file)
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(UserError, match="checkpoint") as error:
         load_gpt(file)

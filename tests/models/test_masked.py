@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from orderlab.config import GPTConfig, UserError
 from orderlab.models.gpt import GPT, PRESETS, MaskedModel
 from orderlab.models.transformer import rotate
-from orderlab.models.weights import load_gpt, load_masked, load_model, save_gpt, save_masked
+from orderlab.models.weights import load_gpt, load_model, save_model
 
 CONFIG = GPTConfig(layers=2, heads=2, dim=16, grid=(3, 5), vocabulary=11, classes=4, ffn_hidden=48)
 CLASSES = torch.tensor([1, 4])
@@ -94,14 +94,14 @@ def test_a_target_embedding_is_refused() -> None:
 def test_checkpoints_know_their_kind(model: MaskedModel, tmp_path: Path) -> None:
     """A causal checkpoint is no masked one and the reverse: one clear line; what does not care loads either."""
     masked, causal = tmp_path / "masked.safetensors", tmp_path / "causal.safetensors"
-    save_masked(model, masked)
-    save_gpt(GPT(CONFIG, seed=1), causal)
-    loaded = load_masked(masked)
+    save_model(model, masked)
+    save_model(GPT(CONFIG, seed=1), causal)
+    loaded = load_model(masked)
     assert loaded.config == CONFIG
     assert torch.equal(loaded(CLASSES, TOKENS, IS_MASKED), model(CLASSES, TOKENS, IS_MASKED))
     for load, file, message in (
         (load_gpt, masked, "holds a masked bidirectional model; expected a causal GPT"),
-        (load_masked, causal, "holds a causal GPT; expected a masked bidirectional model"),
+        (load_model, causal, "holds a causal GPT; expected a masked bidirectional model"),
     ):
         with pytest.raises(UserError, match=message) as error:
             load(file)

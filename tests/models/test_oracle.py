@@ -9,7 +9,7 @@ from torch import Tensor
 from orderlab.config import GPTConfig, OracleConfig, UserError
 from orderlab.models.gpt import GPT
 from orderlab.models.oracle import Oracle, load_oracle, save_oracle, true_class_probability
-from orderlab.models.weights import load_gpt, save_gpt
+from orderlab.models.weights import load_gpt, save_model
 from orderlab.order.perm import random_orders
 
 SMALL = OracleConfig(layers=3, heads=2, dim=16, mlp_dim=32, grid=(3, 4), vocabulary=9, entry_dim=5, classes=4)
@@ -121,7 +121,7 @@ def test_a_checkpoint_holds_weights_codebook_and_sizes(tmp_path: Path) -> None:
 
 def test_files_of_another_kind_are_refused_in_one_line(tmp_path: Path) -> None:
     save_oracle(Oracle(SMALL), tmp_path / "oracle.safetensors")
-    save_gpt(GPT(GPTConfig(layers=1, heads=2, dim=8, grid=(3, 4), vocabulary=9, classes=4)), tmp_path / "gpt.safetensors")
+    save_model(GPT(GPTConfig(layers=1, heads=2, dim=8, grid=(3, 4), vocabulary=9, classes=4)), tmp_path / "gpt.safetensors")
     with pytest.raises(UserError, match="is no oracle"):
         load_oracle(tmp_path / "gpt.safetensors")
     with pytest.raises(UserError, match="is no class-conditional LlamaGen GPT"):

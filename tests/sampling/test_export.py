@@ -19,7 +19,7 @@ from orderlab.data.prepare import decode, tokenizer
 from orderlab.data.tokens import TokenMeta, TokenSet, write_token_set
 from orderlab.models.gpt import GPT
 from orderlab.models.vq import tokenizer_hash
-from orderlab.models.weights import save_gpt
+from orderlab.models.weights import save_model
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling import sample
 from orderlab.sampling.sample import quantise, write_npz
@@ -52,7 +52,7 @@ def run_dir(tmp_path_factory):
     config = RunConfig(recipe="r", scale="smoke", data=data, model=model, images=16, batch=16, precision="fp32")
     run = RunFolder(folder).create(config)
     run.checkpoints.mkdir()
-    save_gpt(GPT(model), run.checkpoints / "final.safetensors")
+    save_model(GPT(model), run.checkpoints / "final.safetensors")
     return folder
 
 

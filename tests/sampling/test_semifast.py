@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from orderlab.config import GPTConfig, OrderHeadConfig, OrderHeadTask, SampleConfig, UserError
 from orderlab.evaluate.likelihood import nll
 from orderlab.models.order_head import OrderedGPT
-from orderlab.models.weights import load_model, load_ordered_gpt, save_ordered_gpt, set_precision
+from orderlab.models.weights import load_model, save_model, set_precision
 from orderlab.order.perm import in_two_groups, rank, remaining_by_score
 from orderlab.sampling import semifast
 from orderlab.sampling.generate import generate
@@ -169,8 +169,8 @@ def test_the_checkpoint_comes_back_and_says_what_it_is(tmp_path, model: OrderedG
     from orderlab.models.weights import load_gpt
 
     single = make(model.target).float()
-    save_ordered_gpt(single, tmp_path / "a.safetensors")
-    again = load_ordered_gpt(tmp_path / "a.safetensors")
+    save_model(single, tmp_path / "a.safetensors")
+    again = load_model(tmp_path / "a.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), single.state_dict().values(), strict=True))
     assert again.task == single.task
     assert isinstance(load_model(tmp_path / "a.safetensors"), OrderedGPT)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from orderlab.config import FixedOrder, MaskedTask, RandomOrder, RunConfig, SampleConfig, UserError
 from orderlab.evaluate import likelihood
 from orderlab.models.gpt import MaskedModel
-from orderlab.models.weights import load_masked
+from orderlab.models.weights import load_model
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling import sample
 from orderlab.study.hub import load_run
@@ -104,7 +104,7 @@ def test_it_learns(trained: Path) -> None:
     assert np.mean([loss for _, loss in curve[-20:]]) < 0.96 * curve[0][1]
     last = RunFolder(trained).records("validation")[-1]
     assert last["validation_nll"] < np.log(29)
-    assert isinstance(load_masked(trained / "checkpoints/final-ema.safetensors"), MaskedModel)
+    assert isinstance(load_model(trained / "checkpoints/final-ema.safetensors"), MaskedModel)
 
 
 def test_a_masked_run_samples_and_is_measured_like_any_other(trained: Path) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from orderlab.config import GPTConfig, OracleUse, OrderHeadConfig, OrderHeadTask, RunConfig, StartConfig, UserError
 from orderlab.models.order_head import Ordered, OrderedGPT, split
-from orderlab.models.weights import load_ordered_gpt
+from orderlab.models.weights import load_model
 from orderlab.order.perm import rank
 from orderlab.runtime.run import RunFolder
 from orderlab.training import order_head
@@ -258,14 +258,14 @@ def test_it_starts_from_a_gpt_or_from_one_with_an_order_head(tiny_run: RunConfig
     start = StartConfig(run="raster-300")
     frozen = ordered(tiny_run, is_body_frozen=True).edited(images=64, start=start.model_dump(), recipe="orderhead-exp1")
     assert run(frozen, tmp_path / "orderhead-exp1@smoke/seed0") == "trained"
-    first = load_ordered_gpt(tmp_path / "orderhead-exp1@smoke/seed0/checkpoints/final.safetensors")
+    first = load_model(tmp_path / "orderhead-exp1@smoke/seed0/checkpoints/final.safetensors")
     from safetensors.torch import load_file
 
     body = load_file(tmp_path / "raster-300@smoke/seed0/checkpoints/final.safetensors")
     assert all(torch.equal(tensor, body[name]) for name, tensor in first.gpt.state_dict().items())  # frozen: the same bits
     joint = ordered(tiny_run).edited(images=0, start=StartConfig(run="orderhead-exp1").model_dump(), recipe="orderhead-exp2")
     assert run(joint, tmp_path / "orderhead-exp2@smoke/seed0") == "trained"
-    second = load_ordered_gpt(tmp_path / "orderhead-exp2@smoke/seed0/checkpoints/final.safetensors")
+    second = load_model(tmp_path / "orderhead-exp2@smoke/seed0/checkpoints/final.safetensors")
     assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in second.state_dict().items())
 
 

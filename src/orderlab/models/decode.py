@@ -1,15 +1,12 @@
-"""The plain KV-cache decoder: one token per row and step, for any order, on the trunk's own weights, norms and rotation.
+"""The KV-cache decoders: one token per row and step, for any order, on the trunk's own weights, norms and rotation.
 
 A key is cached already rotated by its own grid position, so an order known one step ahead costs exactly what raster costs:
-nothing in the cache depends on what comes later. It must equal the trunk's full forward; a test holds it to that. Every device
-takes this one path; a GPU has a faster one beside it (`decode_static`), which shares what is here of a slot.
-
-It departs from the trunk's forward in one thing: a product of a few rows x with a weight W is taken as W xᵀ in fp32 and wider. On
-one kind of CPU that is up to three times faster than x Wᵀ, on another up to twice slower for two rows (docs/results.md).
-`orderlab bench sample` measures a step against the machine's floor.
+nothing in the cache depends on what comes later. `CachedDecoder` is the plain one, for every device: its cache grows by a slot a
+step. `StaticDecoder` has shapes and addresses that never change, which a CUDA graph can replay: the slot is a tensor and a step
+attends over the first `live` slots under a mask, so one captured step serves every slot below `live`, every order and every batch
+of the same size. Both feed a slot alike and must equal the trunk's full forward; tests hold them to that, and `orderlab bench
+sample` measures a step against the machine's floor.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -18,9 +15,48 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderlab.models.gpt import GPT
-from orderlab.models.transformer import Attention, Block, FeedForward, rotate
+from orderlab.models.transformer import Attention, Block, rotate
 
-# R rows (images, twice that under guidance) · T generation step (slot) · S class slot and grid positions · D width · H heads · K head dim · V codebook
+# R rows (images, twice that under guidance) · T generation step (slot) · S class slot and grid positions · L live slots
+# D width · H heads · K head dim · V codebook
+
+FLEX_ROWS = 16  # from which FlexAttention's decoding kernel is faster than plain products, measured on an H200
+
+
+# ---- What is fed at a slot ----
+
+
+def slot_input(model: GPT, classes_R: Tensor, tokens_R: Tensor, order_RT: Tensor, slot: Tensor, target: bool | None) -> Tensor:
+    """What is fed at `slot`, a tensor [1]: the class at slot 0, later the token drawn before, with the slot's and the target's tables."""
+    x_RD = torch.where(slot == 0, model.cls_embedding(classes_R), model.tok_embeddings(tokens_R))
+    if model.config.slot_bias:
+        x_RD = x_RD + model.slot_bias.weight.index_select(0, slot)
+    ta_RTD = model.target_rows(order_RT.index_select(1, slot), target)
+    return x_RD if ta_RTD is None else x_RD + ta_RTD[:, 0]
+
+
+def slot_rope(rope_SK2: Tensor, order_RT: Tensor, slot: Tensor) -> Tensor:
+    """The RoPE row of the token fed at `slot`, whose position is that of the slot before; the class's row is 0."""
+    before_R = order_RT.index_select(1, (slot - 1).clamp(min=0))[:, 0]
+    return rope_SK2[torch.where(slot == 0, 0, before_R + 1)][:, None]
+
+
+def new_cache(model: GPT, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of one generation, [R, H, T, K] a layer, allocated once: zeros, as a slot under a mask has to be finite.
+
+    They are tensors of their own, written in place: as two views of one tensor the compiler copied the whole cache at every step.
+    """
+    config, weight = model.config, model.norm.weight
+    shape = (rows, config.heads, config.positions, config.head_dim)
+    keys, values = ([weight.new_zeros(shape) for _ in range(config.layers)] for _ in range(2))
+    return keys, values
+
+
+def blocks_of(model: GPT) -> list[Block]:
+    return [block for block in model.layers if isinstance(block, Block)]
+
+
+# ---- The plain decoder ----
 
 
 class CachedDecoder:
@@ -44,7 +80,8 @@ class CachedDecoder:
         for block, keys_RHTK, values_RHTK in zip(blocks_of(model), self.keys, self.values):
             live = keys_RHTK[:, :, : self.length], values_RHTK[:, :, : self.length]
             x_RD = x_RD + attend(block.attention, block.attention_norm(x_RD), rope_R1K2, *live)
-            x_RD = x_RD + feed_forward(block.feed_forward, block.ffn_norm(x_RD))
+            ffn, h_RD = block.feed_forward, block.ffn_norm(x_RD)
+            x_RD = x_RD + product(ffn.w2, F.silu(product(ffn.w1, h_RD)) * product(ffn.w3, h_RD))
         logits_RV = product(model.output, model.norm(x_RD))
         return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
 
@@ -53,40 +90,6 @@ class CachedDecoder:
         for layer in (*self.keys, *self.values):
             layer.fill_(1.0)
         self.length = length
-
-
-def new_cache(model: GPT, rows: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of one generation, [R, H, T, K] a layer, allocated once: zeros, as a slot under a mask has to be finite."""
-    config, weight = model.config, model.norm.weight
-    shape = (rows, config.heads, config.positions, config.head_dim)
-    keys, values = ([weight.new_zeros(shape) for _ in range(config.layers)] for _ in range(2))
-    return keys, values
-
-
-def blocks_of(model: GPT) -> list[Block]:
-    return [block for block in model.layers if isinstance(block, Block)]
-
-
-def slot_input(model: GPT, classes_R: Tensor, tokens_R: Tensor, order_RT: Tensor, slot: Tensor, target: bool | None) -> Tensor:
-    """What is fed at `slot`, a tensor [1]: the class at slot 0, later the token drawn before, with the slot's and the target's tables."""
-    x_RD = torch.where(slot == 0, model.cls_embedding(classes_R), model.tok_embeddings(tokens_R))
-    if model.config.slot_bias:
-        x_RD = x_RD + model.slot_bias.weight.index_select(0, slot)
-    ta_RTD = model.target_rows(order_RT.index_select(1, slot), target)
-    return x_RD if ta_RTD is None else x_RD + ta_RTD[:, 0]
-
-
-def slot_rope(rope_SK2: Tensor, order_RT: Tensor, slot: Tensor) -> Tensor:
-    """The RoPE row of the token fed at `slot`, whose position is that of the slot before; the class's row is 0."""
-    before_R = order_RT.index_select(1, (slot - 1).clamp(min=0))[:, 0]
-    return rope_SK2[torch.where(slot == 0, 0, before_R + 1)][:, None]
-
-
-def product(linear: nn.Linear, x_RD: Tensor) -> Tensor:
-    """x Wᵀ, taken as W xᵀ but in bf16, where that was seven times slower on a CPU without units for bf16."""
-    if x_RD.dtype.itemsize < 4:
-        return linear(x_RD)
-    return torch.mm(linear.weight, x_RD.t()).t().contiguous()
 
 
 def attend(attention: Attention, h_RD: Tensor, rope_R1K2: Tensor, keys_RHTK: Tensor, values_RHTK: Tensor) -> Tensor:
@@ -98,21 +101,34 @@ def attend(attention: Attention, h_RD: Tensor, rope_R1K2: Tensor, keys_RHTK: Ten
     return product(attention.wo, out_RHK.flatten(1))
 
 
-def feed_forward(ffn: FeedForward, h_RD: Tensor) -> Tensor:
-    return product(ffn.w2, F.silu(product(ffn.w1, h_RD)) * product(ffn.w3, h_RD))
+def product(linear: nn.Linear, x_RD: Tensor) -> Tensor:
+    """x Wᵀ of a few rows, taken as W xᵀ in fp32 and wider: on one kind of CPU up to three times faster (docs/results.md).
+
+    On another it is up to twice slower for two rows. In bf16 it was seven times slower on a CPU without units for bf16.
+    """
+    if x_RD.dtype.itemsize < 4:
+        return linear(x_RD)
+    return torch.mm(linear.weight, x_RD.t()).t().contiguous()
 
 
-# MERGED FROM models.decode_static: The KV-cache decoder with shapes and addresses that never change: what a CUDA graph can replay. `decode.CachedDecoder` attends over the live slots, a view that grows by one a step. Here the slot is a tensor and a step attends over the first `live` slots under a mask, so one captured step serves every slot below `live`, every order and every batch of the same size. On a GPU each block is compiled once; elsewhere it runs as it is. Both decoders feed a slot alike (`slot_input`, `slot_rope`), use the trunk's own modules and must give the same logits; a test holds them to that. Keys and values are tensors of their own, written in place: as two views of one tensor the compiler copied the whole cache at every step. Attention is FlexAttention's decoding kernel for many rows on a GPU, and elsewhere plain products, which the compiler turns into a pass over the keys and one over the values; SDPA's kernels are slow for one query under a mask.
+# ---- The decoder of fixed shapes ----
 
-# R rows (images, twice that under guidance) · T generation step (slot) · L live slots · D width · H heads · K head dim · V codebook
+Parts = tuple[Tensor, Tensor, Tensor]
+"""The residual stream before a block, what its attention adds, and what its feed-forward adds: three [R, D] whose sum goes on.
+
+Handed on unsummed, the sums become a part of the norms' passes; summed at once, the compiler copies x to add a product to it.
+"""
 
 
 class StaticDecoder:
-    """Steps through generations of a fixed number of rows: `begin` starts one, each `step` answers the logits [R, V] of a slot."""
+    """Steps through generations of a fixed number of rows: `begin` starts one, each `step` answers the logits [R, V] of a slot.
+
+    On a GPU each block is compiled once; elsewhere it runs as it is.
+    """
 
     def __init__(self, model: GPT, rows: int, target: bool | None):
         config, weight = model.config, model.norm.weight
-        self.target, self.steps = target, config.positions
+        self.target = target
         self.keys, self.values = new_cache(model, rows)
         self.w13 = [weight.new_empty(2 * config.ffn_dim, config.dim) for _ in range(config.layers)]
         self.classes_R = torch.zeros(rows, dtype=torch.long, device=weight.device)
@@ -134,26 +150,11 @@ class StaticDecoder:
         parts = x_RD, torch.zeros_like(x_RD), torch.zeros_like(x_RD)
         for block, w13, keys_RHTK, values_RHTK in zip(blocks_of(model), self.w13, self.keys, self.values):
             parts = self.block(block, w13, parts, keys_RHTK, values_RHTK, rope_R1K2, slot, live)
-        logits_RV = model.output(model.norm(sum(parts[1:], parts[0])))
-        return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-
-
-Parts = tuple[Tensor, Tensor, Tensor]
-"""The residual stream before a block, what its attention adds, and what its feed-forward adds: three [R, D] whose sum goes on.
-
-Handed on unsummed, the sums become a part of the norms' passes; summed at once, the compiler copies x to add a product to it.
-"""
+        return model.head(model.norm(sum(parts[1:], parts[0])))
 
 
 def block_step(
-    block: Block,
-    w13: Tensor,
-    parts: Parts,
-    keys_RHTK: Tensor,
-    values_RHTK: Tensor,
-    rope_R1K2: Tensor,
-    slot: Tensor,
-    live: int,
+    block: Block, w13: Tensor, parts: Parts, keys_RHTK: Tensor, values_RHTK: Tensor, rope_R1K2: Tensor, slot: Tensor, live: int
 ) -> Parts:
     """One slot through a block: its key and value are written to `slot`, its query attends over the first `live` slots."""
     x_RD = parts[0] + parts[1] + parts[2]
@@ -161,17 +162,23 @@ def block_step(
     q_RHK, k_RHK = (rotate(qkv_R3HK[:, part][:, None], rope_R1K2)[:, 0] for part in (0, 1))
     keys_RHTK.index_copy_(2, slot, k_RHK[:, :, None])
     values_RHTK.index_copy_(2, slot, qkv_R3HK[:, 2][:, :, None])
-    attend = attend_flex if uses_flex(x_RD) else attend_masked
-    attended_RD = block.attention.wo(attend(q_RHK, keys_RHTK[:, :, :live], values_RHTK[:, :, :live], slot).flatten(1))
+    uses_flex = x_RD.is_cuda and x_RD.dtype != torch.float64 and len(x_RD) >= FLEX_ROWS
+    attend_up_to = attend_flex if uses_flex else attend_masked
+    attended_RD = block.attention.wo(attend_up_to(q_RHK, keys_RHTK[:, :, :live], values_RHTK[:, :, :live], slot).flatten(1))
     gate_RD, up_RD = F.linear(block.ffn_norm(x_RD + attended_RD), w13).chunk(2, dim=-1)
     return x_RD, attended_RD, block.feed_forward.w2(F.silu(gate_RD) * up_RD)
 
 
-FLEX_ROWS = 16  # from which FlexAttention's decoding kernel is faster than plain products, measured on an H200
+def attend_masked(q_RHK: Tensor, keys_RHLK: Tensor, values_RHLK: Tensor, slot: Tensor) -> Tensor:
+    """One query per row over the slots up to `slot`: [R, H, K]; sums in fp32 (or wider), cast back.
 
-
-def uses_flex(x_RD: Tensor) -> bool:
-    return x_RD.is_cuda and x_RD.dtype != torch.float64 and len(x_RD) >= FLEX_ROWS
+    Plain products: the compiler makes a pass over the keys and one over the values of them, and SDPA is slow for one query under a mask.
+    """
+    wide = torch.promote_types(q_RHK.dtype, torch.float32)
+    scores_RHL = (q_RHK.to(wide)[:, :, None] * keys_RHLK).sum(-1) * q_RHK.shape[-1] ** -0.5
+    is_live_L = torch.arange(keys_RHLK.shape[2], device=slot.device) <= slot
+    weights_RHL = scores_RHL.masked_fill(~is_live_L, -torch.inf).softmax(-1)
+    return (weights_RHL[..., None] * values_RHLK).sum(2).to(q_RHK.dtype)
 
 
 def attend_flex(q_RHK: Tensor, keys_RHLK: Tensor, values_RHLK: Tensor, slot: Tensor) -> Tensor:
@@ -182,12 +189,3 @@ def attend_flex(q_RHK: Tensor, keys_RHLK: Tensor, values_RHLK: Tensor, slot: Ten
         return torch.where(key <= slot[0], score, -torch.inf)
 
     return flex_attention(q_RHK[:, :, None], keys_RHLK, values_RHLK, score_mod=up_to_slot)[:, :, 0]  # pyrefly: ignore
-
-
-def attend_masked(q_RHK: Tensor, keys_RHLK: Tensor, values_RHLK: Tensor, slot: Tensor) -> Tensor:
-    """One query per row over the slots up to `slot`: [R, H, K]; sums in fp32 (or wider), cast back."""
-    wide = torch.promote_types(q_RHK.dtype, torch.float32)
-    scores_RHL = (q_RHK.to(wide)[:, :, None] * keys_RHLK).sum(-1) * q_RHK.shape[-1] ** -0.5
-    is_live_L = torch.arange(keys_RHLK.shape[2], device=slot.device) <= slot
-    weights_RHL = scores_RHL.masked_fill(~is_live_L, -torch.inf).softmax(-1)
-    return (weights_RHL[..., None] * values_RHLK).sum(2).to(q_RHK.dtype)

@@ -1,13 +1,11 @@
-"""The class-conditional image GPT of LlamaGen (2406.06525), generating in any order.
+"""The class-conditional image models: LlamaGen's causal GPT (2406.06525), generating in any order, and a masked model on its trunk.
 
-The input slots are [class, x_o0, ..., x_o(T-2)]: slot j predicts the token at position order[j], and carries the RoPE row
+The GPT's input slots are [class, x_o0, ..., x_o(T-2)]: slot j predicts the token at position order[j], and carries the RoPE row
 of its own input token, order[j-1]; the class slot's row is zero. Raster order is LlamaGen to the digit: names, layout and
 values of its state dict. The optional target-aware table (RAR, 2411.00776) adds ta[order[j]] to slot j, so that two orders
-with the same prefix and different next positions are different inputs.
-The model never draws anything but dropout: orders, label drops and tokens are arguments.
+with the same prefix and different next positions are different inputs. The models never draw anything but dropout: orders,
+masks, label drops and tokens are arguments.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +15,10 @@ from orderlab.config import GPTConfig, UserError
 from orderlab.models.transformer import Backbone
 from orderlab.order.perm import rows_at
 
-# B batch · P grid position · T generation step (slot) · V codebook · D width
+# B batch · P grid position · T generation step (slot) · S class slot and grid positions · V codebook · D width · K head dim
 
-
+Target = bool | Tensor | None
+"""Whether the target-aware table is fed: yes, no, each sample's own answer [B], or what the config says of inference."""
 PRESETS: dict[str, GPTConfig] = {
     "GPT-B": GPTConfig(layers=12, heads=12, dim=768),  # 110,888,448 parameters with 1000 classes
     "GPT-L": GPTConfig(layers=24, heads=16, dim=1024),  # 342,910,976
@@ -34,8 +33,7 @@ class GPT(Backbone):
 
     `tokens_BT` are in step space and hold all T tokens; the last is never an input. T may be shorter than the grid: the
     prefix of a generation. `order` is [T] or [B, T]. `token_scale_BT` multiplies the token embeddings (the OrderHead's path
-    for gradients). `target` feeds the target-aware table: True, False, a BoolTensor [B]
-    (per sample), or None for what the config says of inference.
+    for gradients); `target` feeds the target-aware table.
     """
 
     ta_embedding: nn.Embedding
@@ -46,24 +44,12 @@ class GPT(Backbone):
         super().__init__(config, config.vocabulary, tables, seed, device)
 
     def forward(
-        self,
-        classes_B: Tensor,
-        tokens_BT: Tensor,
-        order_BT: Tensor,
-        *,
-        target: bool | Tensor | None = None,
-        token_scale_BT: Tensor | None = None,
+        self, classes_B: Tensor, tokens_BT: Tensor, order_BT: Tensor, *, target: Target = None, token_scale_BT: Tensor | None = None
     ) -> Tensor:
         return self.head(self.hidden(classes_B, tokens_BT, order_BT, target=target, token_scale_BT=token_scale_BT))
 
     def hidden(
-        self,
-        classes_B: Tensor,
-        tokens_BT: Tensor,
-        order_BT: Tensor,
-        *,
-        target: bool | Tensor | None = None,
-        token_scale_BT: Tensor | None = None,
+        self, classes_B: Tensor, tokens_BT: Tensor, order_BT: Tensor, *, target: Target = None, token_scale_BT: Tensor | None = None
     ) -> Tensor:
         """The final-norm hidden state of every slot: [B, T, D]."""
         order_BT = order_BT.expand_as(tokens_BT)
@@ -74,9 +60,7 @@ class GPT(Backbone):
             h_BTD = layer(h_BTD, rope_BTK2)
         return self.norm(h_BTD)
 
-    def embed(
-        self, classes_B: Tensor, inputs_BT: Tensor, order_BT: Tensor, target: bool | Tensor | None, scale_BT: Tensor | None = None
-    ) -> Tensor:
+    def embed(self, classes_B: Tensor, inputs_BT: Tensor, order_BT: Tensor, target: Target, scale_BT: Tensor | None = None) -> Tensor:
         """Input slots [class, tokens], the target table added before the dropout. `order_BT` has one step more than `inputs_BT`."""
         tokens_BTD = self.tok_embeddings(inputs_BT)
         if scale_BT is not None:
@@ -87,7 +71,11 @@ class GPT(Backbone):
         ta_BTD = self.target_rows(order_BT, target)
         return self.tok_dropout(h_BTD if ta_BTD is None else h_BTD + ta_BTD)
 
-    def target_rows(self, positions_BT: Tensor, target: bool | Tensor | None) -> Tensor | None:
+    def rope(self, positions_BT: Tensor, device: torch.device) -> Tensor:
+        """RoPE rows of the slots [class, tokens at positions_BT]: [B, 1 + T, K/2, 2]."""
+        return rows_at(self.rope_table(device), F.pad(positions_BT + 1, (1, 0)))
+
+    def target_rows(self, positions_BT: Tensor, target: Target) -> Tensor | None:
         """The target table's rows for slots that predict `positions_BT`; None where it is not fed."""
         use = self.config.target_at_inference if target is None else target
         if use is False:
@@ -99,31 +87,22 @@ class GPT(Backbone):
         ta_BTD = self.ta_embedding(positions_BT)
         return ta_BTD if use is True else torch.where(use[:, None, None], ta_BTD, 0.0)
 
-    def rope(self, positions_BT: Tensor, device: torch.device) -> Tensor:
-        """RoPE rows of the slots [class, tokens at positions_BT]: [B, 1 + T, K/2, 2]."""
-        return rows_at(self.rope_table(device), F.pad(positions_BT + 1, (1, 0)))
-
-
-# MERGED FROM models.masked: The bidirectional masked model on the GPT's own trunk (MaskGIT, 2202.04200; MAR, 2406.11838). It departs from the causal GPT in three things: attention sees every slot, a masked token enters as the mask row, and slot p predicts the token of its own position, so what is asked for is always in the input. The slots are [class, position 0, ..., P-1] with the RoPE rows of their positions. Parameters: the causal GPT's and one row more, the mask token; 110,889,216 for GPT-B.
-
-# B batch · P grid position · V codebook · D width
-
 
 class MaskedModel(Backbone):
     """`model(classes_B, tokens_BP, is_masked_BP) -> logits_BPV`: logits of every position; those of masked ones are predictions.
 
-    `tokens_BP` are in grid space; what stands at a masked position is never read. Logits of the masked positions alone would spare
-    a third of the head, but how many there are is known on the device alone: every step would wait for it.
+    MaskGIT (2202.04200) and MAR (2406.11838) on the GPT's trunk: attention sees every slot of [class, position 0, ..., P-1], a
+    masked token enters as the mask row, and slot p predicts the token of its own position, so what is asked for is always in the
+    input. One row of parameters more than the GPT; 110,889,216 for GPT-B. `tokens_BP` are in grid space; what stands at a masked
+    position is never read. Logits of the masked positions alone would spare a third of the head, but how many there are is known
+    on the device alone: every step would wait for it.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0, device: str | torch.device = "cpu"):
         if config.target_embedding or config.slot_bias:
             raise UserError("a masked model has no target embedding: its input says which positions are asked for")
         super().__init__(config, config.vocabulary + 1, (), seed, device)
-
-    @property
-    def mask_token(self) -> int:
-        return self.config.vocabulary
+        self.mask_token = config.vocabulary
 
     def forward(self, classes_B: Tensor, tokens_BP: Tensor, is_masked_BP: Tensor) -> Tensor:
         return self.head(self.hidden(classes_B, tokens_BP, is_masked_BP))
@@ -131,8 +110,7 @@ class MaskedModel(Backbone):
     def hidden(self, classes_B: Tensor, tokens_BP: Tensor, is_masked_BP: Tensor) -> Tensor:
         """The final-norm hidden state of every position: [B, P, D]."""
         inputs_BP = torch.where(is_masked_BP, self.mask_token, tokens_BP)
-        h_BSD = torch.cat([self.cls_embedding(classes_B)[:, None], self.tok_embeddings(inputs_BP)], dim=1)  # S = 1 + P slots
-        h_BSD = self.tok_dropout(h_BSD)
+        h_BSD = self.tok_dropout(torch.cat([self.cls_embedding(classes_B)[:, None], self.tok_embeddings(inputs_BP)], dim=1))
         rope_1SK2 = self.rope_table(h_BSD.device)[None]
         for layer in self.layers:
             h_BSD = layer(h_BSD, rope_1SK2, is_causal=False)

@@ -6,10 +6,6 @@ of them; a subset is simply fewer tokens, each with its own position. With the s
 86,030,056 parameters with 1,000 classes, 85,337,956 with 100.
 """
 
-# B batch · P grid position · K tokens that are shown · C width of a codebook entry · V codebook · D width · Y classes
-
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +17,8 @@ from orderlab.config import OracleConfig, OracleTask, UserError, ViTSizes, readi
 from orderlab.models.transformer import ViTBlock, init_weights
 from orderlab.models.weights import filled, read_safetensors, save_weights
 from orderlab.order.perm import rows_at, to_steps
+
+# B batch · P grid position · K tokens that are shown · C width of a codebook entry · V codebook · D width · Y classes
 
 HEADER, TOKENIZER = "orderlab.oracle", "orderlab.tokenizer_hash"
 
@@ -64,10 +62,9 @@ class Oracle(nn.Module):
         """[CLS], then the shown tokens' entries, each at its own position: [B, 1 + K, D]."""
         if tokens_BP.shape[1:] != (self.config.positions,):
             raise UserError(f"tokens have shape {list(tokens_BP.shape)}; this oracle takes [B, {self.config.positions}]")
-        positions_PD = self.positions[1:]
-        tokens_BK, positions_BKD = tokens_BP, positions_PD[None]
+        tokens_BK, positions_BKD = tokens_BP, self.positions[1:]
         if shown_BK is not None:
-            tokens_BK, positions_BKD = to_steps(tokens_BP, shown_BK), rows_at(positions_PD, shown_BK)
+            tokens_BK, positions_BKD = to_steps(tokens_BP, shown_BK), rows_at(positions_BKD, shown_BK)
         x_BKD = self.entry_projection(F.embedding(tokens_BK, self.codebook)) + positions_BKD
         return torch.cat([(self.cls + self.positions[0]).expand(len(x_BKD), -1, -1), x_BKD], dim=1)
 
@@ -101,10 +98,9 @@ def true_class_probability(oracle: Oracle, tokens_BP: Tensor, classes_B: Tensor,
 
 def save_oracle(oracle: Oracle, file: Path, state: Mapping[str, Tensor] | None = None, header: Mapping[str, str] | None = None) -> None:
     """Write weights (of the oracle, or `state` in their place), codebook and sizes as safetensors, atomically."""
-    names = {HEADER: oracle.config.model_dump_json(), TOKENIZER: oracle.tokenizer_hash} | {
-        f"orderlab.{name}": text for name, text in (header or {}).items()
-    }
-    save_weights(file, state or oracle.state_dict(), names)
+    free = {f"orderlab.{name}": text for name, text in (header or {}).items()}
+    own = {HEADER: oracle.config.model_dump_json(), TOKENIZER: oracle.tokenizer_hash}
+    save_weights(file, state or oracle.state_dict(), {**own, **free})
 
 
 def load_oracle(file: str | Path) -> Oracle:

@@ -1,4 +1,4 @@
-"""The OrderHead: a small transformer that scores grid positions, and the straight-through split that turns scores into an order.
+"""The OrderHead: a small transformer that scores grid positions, the split that turns scores into an order, and a GPT with both.
 
 The study's Section 6. Scores are z-normalised per image and cut at the k-th: the first group, then the second, each in raster
 order. The cut has no gradient, so the loss reaches the scores through `token_scale`, which multiplies the token embeddings of a
@@ -6,21 +6,18 @@ GPT: 1 in the forward pass, and in the backward pass the slope of a soft mask ar
 Nothing is drawn here; where the study samples an order, the noise is an argument.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from orderlab.config import GPTConfig, OrderHeadConfig, OrderHeadTask, UserError
 from orderlab.models.gpt import GPT
-from orderlab.models.transformer import ViTBlock, init_weights
+from orderlab.models.transformer import ViTBlock, init_weights, without_autocast
 from orderlab.order.perm import highest, in_two_groups, to_steps
 
-# B batch · P grid position · T generation step · D width of the scored states · C width of a codebook entry
-
+# B batch · P grid position · T generation step · V codebook · D width of the scored states · C width of a codebook entry
 
 Gate = Literal["identity", "context-only"]
 NORMALISE_EPS = 1e-6
@@ -47,16 +44,24 @@ class ScoredOrdering(nn.Module):
 
     def forward(self, states_BPD: Tensor, entries_BPC: Tensor | None = None, is_truth_B: Tensor | None = None) -> Tensor:
         """In the weights' own precision, autocast or not: scores that bf16 rounds alike would be cut by position."""
-        if states_BPD.shape[1:] != (self.config.positions, self.config.state_dim):
-            raise UserError(
-                f"states have shape {list(states_BPD.shape)}; this OrderHead takes [B, {self.config.positions}, {self.config.state_dim}]"
-            )
-        with torch.autocast("cuda" if states_BPD.is_cuda else "cpu", enabled=False):  # the meta device has none
+        expected = [self.config.positions, self.config.state_dim]
+        if list(states_BPD.shape[1:]) != expected:
+            raise UserError(f"states have shape {list(states_BPD.shape)}; this OrderHead takes [B, {expected[0]}, {expected[1]}]")
+        with without_autocast(states_BPD):
             x_BPD = self.state_projection(states_BPD.type_as(self.positions))
             if is_truth_B is not None and entries_BPC is not None:
                 x_BPD = torch.where(is_truth_B[:, None, None], self.truth_projection(entries_BPC.type_as(self.positions)), x_BPD)
             x_BPD = torch.cat([self.registers.expand(len(x_BPD), -1, -1), x_BPD], dim=1) + self.positions
             return self.head(self.blocks(x_BPD)[:, self.config.registers :])[..., 0]
+
+
+def normalise(scores_BP: Tensor) -> Tensor:
+    """Scores less their mean, over their biased standard deviation, per image; gradients flow through both.
+
+    Epsilon stands under the root: scores that are all the same have a gradient there too.
+    """
+    centred_BP = scores_BP - scores_BP.mean(1, keepdim=True)
+    return centred_BP / (centred_BP.square().mean(1, keepdim=True) + NORMALISE_EPS**2).sqrt()
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,6 @@ class Split:
         if gate == "identity":
             return 1 - (self.mask_BP - self.mask_BP.detach())
         return 1 - self.mask_BP
-
-
-def normalise(scores_BP: Tensor) -> Tensor:
-    """Scores less their mean, over their biased standard deviation, per image; gradients flow through both.
-
-    Epsilon stands under the root: scores that are all the same have a gradient there too.
-    """
-    centred_BP = scores_BP - scores_BP.mean(1, keepdim=True)
-    return centred_BP / (centred_BP.square().mean(1, keepdim=True) + NORMALISE_EPS**2).sqrt()
 
 
 def split(scores_BP: Tensor, first: int, temperature: float) -> Split:
@@ -121,11 +117,6 @@ def truth_ratio_at(progress: float) -> float:
     return 1.0 - min(1.0, max(0.0, progress))
 
 
-# MERGED FROM models.ordered_gpt: A GPT with an OrderHead: the order in which an image is generated is read off the GPT's own states. The states are those of a teacher-forced raster pass without gradient: slot p of that pass predicts position p. The scores they get are cut into two groups, the image is put into that order, and a second pass, with gradient, predicts it. The gradient of its loss reaches the scores through `token_scale` alone (see `order_head.split`).
-
-# B batch · P grid position · T generation step · V codebook · D width · C width of a codebook entry
-
-
 class Ordered(NamedTuple):
     """What a training pass gives."""
 
@@ -142,7 +133,9 @@ class Ordered(NamedTuple):
 class OrderedGPT(nn.Module):
     """`model(classes_B, tokens_BP, temperature) -> Ordered`; `scores` alone is what sampling needs.
 
-    `task` gives the OrderHead's sizes, the size of the first group and the gate; a frozen body also runs without dropout.
+    The states that are scored are those of a teacher-forced raster pass without gradient. A second pass, with gradient, predicts
+    the image in its order. `task` gives the OrderHead's sizes, the size of the first group and the gate; a frozen body also runs
+    without dropout.
     """
 
     def __init__(self, config: GPTConfig, task: OrderHeadTask, seed: int = 0, device: str | torch.device = "cpu"):
@@ -150,6 +143,7 @@ class OrderedGPT(nn.Module):
         if not 1 <= task.first < config.positions:
             raise UserError(f"an OrderHead's first group has {task.first} positions; expected 1 to {config.positions - 1}")
         self.config, self.task = config, task
+        self.target = config.target_at_inference  # whether the target table is fed: to every pass of training and sampling alike
         self.gpt = GPT(config, seed=seed, device=device)
         self.order_head = ScoredOrdering(task.head, seed=seed + 1).to(device)
         if task.is_body_frozen:
@@ -159,12 +153,7 @@ class OrderedGPT(nn.Module):
     def layers(self) -> nn.ModuleList:
         return self.gpt.layers
 
-    @property
-    def target(self) -> bool:
-        """Whether the target embedding is fed: to every pass of training and sampling alike."""
-        return self.config.target_at_inference
-
-    def train(self, mode: bool = True) -> OrderedGPT:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.task.is_body_frozen:
             self.gpt.eval()
@@ -200,12 +189,8 @@ class OrderedGPT(nn.Module):
             raster_P = torch.arange(order_BT.shape[1], device=order_BT.device)
             order_BT = torch.where(is_learned_B[:, None], order_BT, raster_P)
             scale_BP = torch.where(is_learned_B[:, None], scale_BP, torch.ones_like(scale_BP))
-        tokens_BT = to_steps(tokens_BP, order_BT)
-        if not is_generating:
-            return Ordered(scores_BP, groups, order_BT, tokens_BT, None)
-        scale_BT = to_steps(scale_BP, order_BT)
-        logits_BTV = self.gpt(classes_B, tokens_BT, order_BT, target=self.target, token_scale_BT=scale_BT)
+        tokens_BT, logits_BTV = to_steps(tokens_BP, order_BT), None
+        if is_generating:
+            scale_BT = to_steps(scale_BP, order_BT)
+            logits_BTV = self.gpt(classes_B, tokens_BT, order_BT, target=self.target, token_scale_BT=scale_BT)
         return Ordered(scores_BP, groups, order_BT, tokens_BT, logits_BTV)
-
-    def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.parameters())

@@ -1,11 +1,11 @@
-"""The one trunk: pre-norm blocks of attention with 2-D RoPE and a SwiGLU feed-forward, as LlamaGen's GPT has them.
+"""The transformers of the package: the one trunk of image models, and the plain ViT block of the models that score sets of tokens.
 
-It departs from a plain decoder in one thing: positions are an argument. RoPE rows are gathered by grid position, so any
-order is the same computation on permuted rows; a key is cached already rotated by its own position, which is why a KV
-cache serves every order. Nothing here depends on `train()` / `eval()` but dropout.
+The trunk has pre-norm blocks of attention with 2-D RoPE and a SwiGLU feed-forward, as LlamaGen's GPT (2406.06525). It departs from
+a plain decoder in one thing: positions are an argument. RoPE rows are gathered by grid position, so any order is the same
+computation on permuted rows; a key is cached already rotated by its own position, which is why a KV cache serves every order.
+`Backbone` is what the causal GPT and the masked model share, with LlamaGen's names, layout and initialisation. `ViTBlock`
+(2010.11929) has neither order nor mask. Nothing here depends on `train()` / `eval()` but dropout.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +17,20 @@ from torch.nn import functional as F
 
 from orderlab.config import GPTConfig, UserError
 
-# B batch · T generation step (slot) · D width · H heads · K head dim · P grid position
+# B batch · P grid position · T generation step (slot) · V codebook · D width · H heads · K head dim · X any
+
+LOGITS = 2**26  # in fp32 at a time, where only what they say of one token is kept: 16 images of 256 tokens of 16,384 codes
+PART_BYTES = 2**23  # of the widest intermediate of a pass on the CPU
+
+
+# ---- The trunk: x + attention(norm(x)), then x + feed_forward(norm(x)) ----
 
 
 @torch.compiler.assume_constant_result  # a compiled step holds the table, it does not compute it
 def rope_table(grid: tuple[int, int], head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(cos, sin) of the 2-D rotary embedding: [1 + P, head_dim / 2, 2]; row 0 belongs to the class token.
+    """(cos, sin) of the 2-D rotary embedding: [1 + P, K/2, 2]; row 0 belongs to the class token.
 
-    The first half of the pairs encodes the grid row, the second half the column, with frequencies base^(-2j / (head_dim / 2)).
+    The first half of the pairs encodes the grid row, the second half the column, with frequencies base^(-2j / (K/2)).
     NOTE: row 0 is zero, not the identity rotation: in LlamaGen the class token's query and key vanish.
     """
     return _kept_rope_table(grid, head_dim, base, dtype, device)
@@ -116,67 +122,7 @@ class Block(nn.Module):
         return h + self.feed_forward(self.ffn_norm(h))
 
 
-# MERGED FROM models.vit: The bidirectional block that the OrderHead and the oracle share: ViT's (2010.11929), pre-norm, with biases. Attention has no order and no mask: a model of these blocks sees the set of tokens it is given, whatever that set is.
-
-# B batch · P tokens that are seen · D width · H heads
-
-
-class SelfAttention(nn.Module):
-    """Bidirectional multi-head attention; q, k and v in one matrix with a bias."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.projection = nn.Linear(dim, dim)
-
-    def forward(self, x_BPD: Tensor) -> Tensor:
-        q, k, v = self._heads(x_BPD)
-        return self.projection(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def of_first(self, x_BPD: Tensor) -> Tensor:
-        """How the first token spreads its attention over all, itself included: [B, H, P], each row sums to 1."""
-        q, k, _ = self._heads(x_BPD)
-        return (q[:, :, :1] @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)[:, :, 0]
-
-    def _heads(self, x_BPD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x_BPD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-
-class ViTBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the pre-norm block of ViT."""
-
-    def __init__(self, dim: int, heads: int, mlp_dim: int):
-        super().__init__()
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, heads)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim))
-
-    def forward(self, x_BPD: Tensor) -> Tensor:
-        x_BPD = x_BPD + self.attention(self.attention_norm(x_BPD))
-        return x_BPD + self.mlp(self.mlp_norm(x_BPD))
-
-
-@torch.no_grad()
-def init_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """N(0, 0.02) for matrices and tables; zero biases; norms at one."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-        elif name.endswith("bias"):
-            parameter.zero_()
-        else:
-            parameter.fill_(1.0)
-
-
-# MERGED FROM models.backbone: What the causal GPT and the masked model have in common: tables of classes and tokens, the trunk's blocks, norm and head. Names, layout and initialisation are LlamaGen's (2406.06525), so the two models differ in what they feed and what they mask, not in size: the masked one has one row more, its mask token. The models draw nothing but dropout.
-
-# B batch · P grid position · T generation step (slot) · V codebook · D width
-
-
-LOGITS = 2**26  # in fp32 at a time, where only what they say of one token is kept: 16 images of 256 tokens of 16,384 codes
-PART_BYTES = 2**23  # of the widest intermediate of a pass on the CPU
+# ---- What the causal GPT and the masked model share ----
 
 
 class ClassEmbedding(nn.Module):
@@ -208,19 +154,7 @@ class Backbone(nn.Module):
             self.output = nn.Linear(config.dim, config.vocabulary, bias=False)
         if torch.device(device).type != "meta":
             self.to_empty(device=device)
-            zeros = {"output.weight", *(f"{name}.weight" for name in position_tables)}
-            self.init_weights(torch.Generator().manual_seed(seed), zeros)
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator, zeros: set[str]) -> None:
-        """N(0, 0.02) for every matrix and table, ones for norms, zeros for what `zeros` names."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            elif name in zeros:
-                parameter.zero_()
-            else:
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+            init_weights(self, torch.Generator().manual_seed(seed), zeros=("output", *position_tables))
 
     @property
     def null_class(self) -> int:
@@ -231,6 +165,22 @@ class Backbone(nn.Module):
                 "for guidance to start from; sample with --guidance 1"
             )
         return self.config.classes
+
+    def check_classes(self, classes_B: Tensor) -> None:
+        """Refuse classes the model does not know; the null class is one it knows."""
+        if classes_B.dim() != 1 or len(classes_B) == 0:
+            raise UserError(f"classes have shape {tuple(classes_B.shape)}; expected [B] with at least one image")
+        low, high = int(classes_B.min()), int(classes_B.max())
+        if low < 0 or high >= self.config.class_rows:
+            raise UserError(f"classes reach from {low} to {high}; the model knows 0 to {self.config.class_rows - 1}")
+
+    @property
+    def rope_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.norm.weight.dtype, torch.float32)
+
+    def rope_table(self, device: torch.device) -> Tensor:
+        """RoPE rows of the class slot and of every grid position: [1 + P, K/2, 2]."""
+        return rope_table(self.config.grid, self.config.head_dim, self.config.rope_base, self.rope_dtype, device)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits over the codebook of final-norm states [..., D]: [..., V], in fp32 (or wider)."""
@@ -254,26 +204,10 @@ class Backbone(nn.Module):
 
         An intermediate of tens of MiB comes from the system anew at every use, and its page faults take up to a third of the pass.
         """
-        rows, weight = len(tensors[0]), self.norm.weight
+        weight = self.norm.weight
         row_bytes = slots * self.config.ffn_dim * weight.element_size()
-        part = max(1, PART_BYTES // row_bytes) if weight.device.type == "cpu" else rows
+        part = max(1, PART_BYTES // row_bytes) if weight.device.type == "cpu" else len(tensors[0])
         return zip(*(tensor.split(part) for tensor in tensors))
-
-    def rope_table(self, device: torch.device) -> Tensor:
-        """RoPE rows of the class slot and of every grid position: [1 + P, K/2, 2]."""
-        return rope_table(self.config.grid, self.config.head_dim, self.config.rope_base, self.rope_dtype, device)
-
-    @property
-    def rope_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.norm.weight.dtype, torch.float32)
-
-    def check_classes(self, classes_B: Tensor) -> None:
-        """Refuse classes the model does not know; the null class is one it knows."""
-        if classes_B.dim() != 1 or len(classes_B) == 0:
-            raise UserError(f"classes have shape {tuple(classes_B.shape)}; expected [B] with at least one image")
-        low, high = int(classes_B.min()), int(classes_B.max())
-        if low < 0 or high >= self.config.class_rows:
-            raise UserError(f"classes reach from {low} to {high}; the model knows 0 to {self.config.class_rows - 1}")
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -287,3 +221,60 @@ class Backbone(nn.Module):
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, generator: torch.Generator, zeros: Sequence[str] = ()) -> None:
+    """N(0, 0.02) for matrices and tables but those of the layers in `zeros`; zero biases; norms at one."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or name.removesuffix(".weight") in zeros:
+            parameter.zero_()
+        elif parameter.dim() > 1:
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+        else:
+            parameter.fill_(1.0)
+
+
+# ---- ViT: bidirectional, with biases; a model of these blocks sees the set of tokens it is given, whatever that set is ----
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional multi-head attention; q, k and v in one matrix with a bias."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.projection = nn.Linear(dim, dim)
+
+    def forward(self, x_BPD: Tensor) -> Tensor:
+        q, k, v = self._heads(x_BPD)
+        return self.projection(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def of_first(self, x_BPD: Tensor) -> Tensor:
+        """How the first token spreads its attention over all, itself included: [B, H, P], each row sums to 1."""
+        q, k, _ = self._heads(x_BPD)
+        return (q[:, :, :1] @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)[:, :, 0]
+
+    def _heads(self, x_BPD: Tensor) -> Tensor:
+        """q, k and v: [3, B, H, P, K]."""
+        return self.qkv(x_BPD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+class ViTBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int):
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = SelfAttention(dim, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim))
+
+    def forward(self, x_BPD: Tensor) -> Tensor:
+        x_BPD = x_BPD + self.attention(self.attention_norm(x_BPD))
+        return x_BPD + self.mlp(self.mlp_norm(x_BPD))
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Weights' own precision inside, whatever the caller's autocast."""
+    return torch.autocast("cuda" if tensor.is_cuda else "cpu", enabled=False)  # the meta device has none of its own

@@ -4,14 +4,12 @@ An encoder of residual blocks maps an image to a grid of low-dimensional vectors
 the unit sphere; a decoder of the same blocks maps the rows back. Attention stands at the lowest resolution only. State-dict names are those
 of LlamaGen's files, so VQ-16 loads as it was released. Departures: `codebook_used`, a running buffer of the training code, does not exist
 (it is dropped on load), and the lookup runs in float32 whatever the autocast.
-
-B batch · C channels · h, w token grid · P = h * w grid position, row by row · D codebook width · V codebook size
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -19,9 +17,61 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderlab.config import Frozen, UserError, reading
+from orderlab.models.transformer import without_autocast
 from orderlab.models.weights import filled, read_tensors, save_weights, weights_hash
 
-# MERGED FROM models.vq_blocks: The blocks of the tokenizer's encoder and decoder: residual convolutions, attention, and changes of resolution, as in VQGAN. Every block maps [B,C,H,W] to [B,C',H',W']; attribute names are those of LlamaGen's files.
+# B batch · C channels · h, w token grid · P = h * w grid position, row by row · D codebook width · V codebook size
+
+
+class VQConfig(Frozen):
+    """Sizes of a tokenizer; the defaults are LlamaGen's VQ-16."""
+
+    in_channels: int = Field(default=3, ge=1)
+    """image channels"""
+    ch: int = Field(default=128, ge=1)
+    """channels of the first level"""
+    ch_mult: tuple[int, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1, max_length=8)
+    """channels of each level as multiples of `ch`; each level but the last halves the resolution"""
+    res_blocks: int = Field(default=2, ge=1, le=64)
+    """residual blocks a level in the encoder; the decoder has one more"""
+    z_channels: int = Field(default=256, ge=1)
+    """channels between encoder and codebook"""
+    codebook_size: int = Field(default=16384, ge=2)
+    """number of codes, V"""
+    codebook_dim: int = Field(default=8, ge=1)
+    """width of a code, D"""
+    groups: int = Field(default=32, ge=1)
+    """groups of every group norm; must divide every level's channels"""
+    commitment: float = Field(default=0.25, ge=0)
+    """weight of the commitment loss in training"""
+
+    @model_validator(mode="after")
+    def _groups_divide_channels(self) -> Self:
+        if any(width % self.groups for width in self.widths):
+            raise ValueError(f"groups {self.groups} must divide the channels of every level, {self.widths}")
+        return self
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level."""
+        return [self.ch * mult for mult in self.ch_mult]
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along the side of a token."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+PRESETS: dict[str, VQConfig] = {
+    #                                                                                                                       parameters
+    "vq-16": VQConfig(),  #                                                                                                 71,883,403
+    "vq-8": VQConfig(ch_mult=(1, 2, 2, 4)),  #                                                                              70,109,835
+    "fashion-8x8": VQConfig(in_channels=1, ch=16, ch_mult=(1, 2, 4), res_blocks=1, z_channels=64, codebook_size=512, groups=8),
+    "fashion-16x16": VQConfig(in_channels=1, ch=32, ch_mult=(1, 2), res_blocks=1, z_channels=64, codebook_size=512, groups=8),
+}
+
+
+# ---- Encoder and decoder: every block maps [B,C,H,W] to [B,C',H',W'] ----
 
 
 class ResnetBlock(nn.Module):
@@ -56,108 +106,33 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    """Stride-2 convolution; the padding is on the right and at the bottom only."""
+class Resample(nn.Module):
+    """Up: nearest neighbour by 2, then a convolution. Down: a stride-2 convolution, padded on the right and at the bottom only."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, is_up: bool):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.is_up = is_up
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if is_up else nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Nearest neighbour by 2, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.is_up else F.pad(x, (0, 1, 0, 1)))
 
 
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where asked, then a change of resolution."""
 
-    def __init__(
-        self, in_channels: int, channels: int, blocks: int, groups: int, has_attention: bool, resample: Literal["down", "up"] | None
-    ):
+    def __init__(self, in_channels: int, channels: int, blocks: int, groups: int, has_attention: bool, to: Literal["up", "down"] | None):
         super().__init__()
         self.res = nn.ModuleList(ResnetBlock(in_channels if i == 0 else channels, channels, groups) for i in range(blocks))
         self.attn = nn.ModuleList(AttentionBlock(channels, groups) for _ in range(blocks if has_attention else 0))
-        self.downsample = Downsample(channels) if resample == "down" else None
-        self.upsample = Upsample(channels) if resample == "up" else None
+        self.downsample = Resample(channels, is_up=False) if to == "down" else None
+        self.upsample = Resample(channels, is_up=True) if to == "up" else None
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.res):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
-        for resample in (self.downsample, self.upsample):
-            x = x if resample is None else resample(x)
-        return x
-
-
-class VQConfig(Frozen):
-    """Sizes of a tokenizer; the defaults are LlamaGen's VQ-16."""
-
-    in_channels: int = Field(default=3, ge=1)
-    """image channels"""
-    ch: int = Field(default=128, ge=1)
-    """channels of the first level"""
-    ch_mult: tuple[int, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1, max_length=8)
-    """channels of each level as multiples of `ch`; each level but the last halves the resolution"""
-    res_blocks: int = Field(default=2, ge=1, le=64)
-    """residual blocks a level in the encoder; the decoder has one more"""
-    z_channels: int = Field(default=256, ge=1)
-    """channels between encoder and codebook"""
-    codebook_size: int = Field(default=16384, ge=2)
-    """number of codes, V"""
-    codebook_dim: int = Field(default=8, ge=1)
-    """width of a code, D"""
-    groups: int = Field(default=32, ge=1)
-    """groups of every group norm; must divide every level's channels"""
-    commitment: float = Field(default=0.25, ge=0)
-    """weight of the commitment loss in training"""
-
-    @model_validator(mode="after")
-    def _groups_divide_channels(self) -> "VQConfig":
-        if any(self.ch * mult % self.groups for mult in self.ch_mult):
-            raise ValueError(f"groups {self.groups} must divide the channels of every level, {[self.ch * m for m in self.ch_mult]}")
-        return self
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels along the side of a token."""
-        return 2 ** (len(self.ch_mult) - 1)
-
-
-PRESETS: dict[str, VQConfig] = {
-    #                                                                                                                       parameters
-    "vq-16": VQConfig(),  #                                                                                                 71,883,403
-    "vq-8": VQConfig(ch_mult=(1, 2, 2, 4)),  #                                                                              70,109,835
-    "fashion-8x8": VQConfig(in_channels=1, ch=16, ch_mult=(1, 2, 4), res_blocks=1, z_channels=64, codebook_size=512, groups=8),
-    "fashion-16x16": VQConfig(in_channels=1, ch=32, ch_mult=(1, 2), res_blocks=1, z_channels=64, codebook_size=512, groups=8),
-}
-
-
-class Quantised(NamedTuple):
-    """What the codebook makes of a grid of vectors."""
-
-    latents: Tensor
-    """[B,D,h,w] unit codebook rows; the gradient passes straight through to the encoder"""
-    codes: Tensor
-    """[B,h*w] int64, row by row"""
-    loss: Tensor
-    """codebook loss plus weighted commitment loss"""
-
-
-def _middle(channels: int, groups: int) -> nn.ModuleList:
-    before = ResnetBlock(channels, channels, groups)
-    attention = AttentionBlock(channels, groups)
-    return nn.ModuleList([before, attention, ResnetBlock(channels, channels, groups)])
+            x = self.attn[i](block(x)) if len(self.attn) else block(x)
+        resample = self.downsample or self.upsample
+        return x if resample is None else resample(x)
 
 
 class Encoder(nn.Module):
@@ -165,16 +140,11 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VQConfig):
         super().__init__()
-        widths = [config.ch * mult for mult in config.ch_mult]
-        last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
-        self.conv_blocks = nn.ModuleList(
-            Level(before, width, config.res_blocks, config.groups, i == last, "down" if i < last else None)
-            for i, (before, width) in enumerate(zip([config.ch, *widths], widths))
-        )
-        self.mid = _middle(widths[-1], config.groups)
-        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+        self.conv_blocks = _levels([config.ch, *config.widths], config.res_blocks, config.groups, "down", lowest=len(config.widths) - 1)
+        self.mid = _middle(config.widths[-1], config.groups)
+        self.norm_out = nn.GroupNorm(config.groups, config.widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(config.widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -188,14 +158,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQConfig):
         super().__init__()
-        widths = [config.ch * mult for mult in reversed(config.ch_mult)]
-        last = len(widths) - 1
+        widths = config.widths[::-1]
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = _middle(widths[0], config.groups)
-        self.conv_blocks = nn.ModuleList(
-            Level(before, width, config.res_blocks + 1, config.groups, i == 0, "up" if i < last else None)
-            for i, (before, width) in enumerate(zip([widths[0], *widths], widths))
-        )
+        self.conv_blocks = _levels([widths[0], *widths], config.res_blocks + 1, config.groups, "up", lowest=0)
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
@@ -206,9 +172,32 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager:
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()  # the meta device has none
+def _levels(channels: list[int], blocks: int, groups: int, to: Literal["up", "down"], lowest: int) -> nn.ModuleList:
+    """A level for each step of `channels`; every one but the last changes the resolution, the `lowest` has attention."""
+    steps = list(pairwise(channels))
+    return nn.ModuleList(
+        Level(before, after, blocks, groups, has_attention=i == lowest, to=to if i < len(steps) - 1 else None)
+        for i, (before, after) in enumerate(steps)
+    )
+
+
+def _middle(channels: int, groups: int) -> nn.ModuleList:
+    before, attention = ResnetBlock(channels, channels, groups), AttentionBlock(channels, groups)
+    return nn.ModuleList([before, attention, ResnetBlock(channels, channels, groups)])
+
+
+# ---- Codebook ----
+
+
+class Quantised(NamedTuple):
+    """What the codebook makes of a grid of vectors."""
+
+    latents: Tensor
+    """[B,D,h,w] unit codebook rows; the gradient passes straight through to the encoder"""
+    codes: Tensor
+    """[B,h*w] int64, row by row"""
+    loss: Tensor
+    """codebook loss plus weighted commitment loss"""
 
 
 class Codebook(nn.Module):
@@ -226,12 +215,12 @@ class Codebook(nn.Module):
 
     def nearest(self, vectors: Tensor, chunk: int = 4096) -> Tensor:
         """Codes int64 [N] of unit vectors [N,D]: the highest cosine; `chunk` bounds the memory at chunk * V floats."""
-        with _without_autocast(vectors), torch.no_grad():
+        with without_autocast(vectors), torch.no_grad():
             rows = self.rows().T
             return torch.cat([(part.float() @ rows).argmax(1) for part in vectors.split(chunk)])
 
     def forward(self, latents: Tensor) -> Quantised:
-        with _without_autocast(latents):
+        with without_autocast(latents):
             unit = F.normalize(latents.float(), dim=1)
             vectors = unit.permute(0, 2, 3, 1).flatten(0, 2)
             codes = self.nearest(vectors)
@@ -304,12 +293,11 @@ def load_vq(path: str | Path, config: VQConfig | None = None) -> VQ:
     `path` is a safetensors file of ours, or weights of LlamaGen as safetensors or `.pt`, whose config is found among `PRESETS` by its
     shapes when none is given. `FILE#ema` takes the averaged weights of a training checkpoint that holds two tokenizers. Raises UserError.
     """
-    read = read_tensors(path, "tokenizer")
-    state = read.tensors
+    state, header = read_tensors(path, "tokenizer")
     state.pop("quantize.codebook_used", None)  # LlamaGen's usage counter of training
-    if config is None and "config" in read.header:
+    if config is None and "config" in header:
         with reading(f"tokenizer {path}: the config in its header", "expected a file of `orderlab tokenizer train`"):
-            config = VQConfig.model_validate_json(read.header["config"])
+            config = VQConfig.model_validate_json(header["config"])
     found = config or _matching_preset(state, path)
     return filled(lambda: VQ(found), state, path, "tokenizer").requires_grad_(False)
 

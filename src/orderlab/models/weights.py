@@ -1,9 +1,11 @@
-"""Weight files of any kind, read safely and strictly: safetensors, and pickles with nothing in them but tensors.
+"""Weight files in and out: our safetensors of every kind of model, and LlamaGen's `.pt` and `.safetensors`.
 
-Prefixes that DDP and `torch.compile` leave in names are stripped. Nothing in a file is ever executed.
+A file is read safely: nothing in it is ever executed, and a pickle may hold tensors, plain containers and numbers alone. It is read
+strictly: every key and shape must agree. Only what is known to be no weight is dropped (LlamaGen's RoPE table and KV caches), and
+reported; prefixes of DDP and of `torch.compile` are stripped. Sizes come from our header or from the shapes; heads and grid, which
+shapes cannot tell, from the LlamaGen preset of that width and depth. A grid that the RoPE table or the name of the file contradicts
+(the 384-pixel models share their shapes with the 256-pixel ones) is refused unless the user gave it.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
@@ -23,11 +25,22 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from orderlab.config import Frozen, GPTConfig, OrderHeadTask, UserError, reading
+from orderlab.config import GPTConfig, OrderHeadTask, UserError, reading
 from orderlab.models.gpt import GPT, PRESETS, MaskedModel
 from orderlab.models.order_head import OrderedGPT
 from orderlab.order.perm import as_batch, rows_at
 from orderlab.runtime.files import write_atomically
+
+ImageModel = GPT | OrderedGPT | MaskedModel
+"""What makes images."""
+IMAGE_MODELS: dict[str, type[ImageModel]] = {"gpt": GPT, "ordered-gpt": OrderedGPT, "masked": MaskedModel}
+KINDS = {
+    "gpt": "a causal GPT",
+    "ordered-gpt": "a causal GPT with an OrderHead",
+    "masked": "a masked bidirectional model",
+    "oracle": "an oracle classifier",
+}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 PREFIXES = ("_orig_mod.", "module.")
 WRAPPER_KEYS = ("model", "module", "state_dict")  # LlamaGen and DDP, DeepSpeed, Lightning; else the file is the state dict (FSDP)
@@ -40,16 +53,14 @@ HARMLESS: list[Any] = [  # beside tensors and containers: LlamaGen's settings, a
     (SCALAR, "numpy._core.multiarray.scalar"),
     (SCALAR, "numpy.core.multiarray.scalar"),
 ]
+CLASS_ROWS = "cls_embedding.embedding_table.weight"
+NAMED_SIDES = {"384": 24, "512": 32}  # pixels in a file's name, tokens of VQ-16 along a side
+LLAMAGEN_DROPOUTS = {"token_dropout": "token_dropout_p", "residual_dropout": "resid_dropout_p", "ffn_dropout": "ffn_dropout_p"}
 log = logging.getLogger("orderlab")
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """A file's tensors by name, and its string header (empty where the format has none)."""
-
-    tensors: dict[str, Tensor]
-    header: dict[str, str]
+# ---- Tensors of any file ----
 
 
 def split_part(name: str | Path) -> tuple[Path, str | None]:
@@ -58,8 +69,8 @@ def split_part(name: str | Path) -> tuple[Path, str | None]:
     return (Path(base), part) if mark and part in PARTS and not Path(name).exists() else (Path(name), None)
 
 
-def read_tensors(name: str | Path, kind: str) -> Tensors:
-    """The weights in `FILE` or `FILE#ema`: safetensors, or a pickle's state dict, bare or under a wrapper's key.
+def read_tensors(name: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights in `FILE` or `FILE#ema`, and the string header: safetensors, or a pickle's state dict, bare or under a wrapper's key.
 
     `kind` names the file in the error: "checkpoint", "tokenizer". A file that holds averaged weights too says so. Raises `UserError`.
     """
@@ -69,7 +80,7 @@ def read_tensors(name: str | Path, kind: str) -> Tensors:
     if file.suffix == ".safetensors":
         if part is not None:
             raise UserError(f"{kind} {file} holds one set of weights; name it without #{part}")
-        return Tensors(*read_safetensors(file, kind))
+        return read_safetensors(file, kind)
     content = read_pickle(file, kind)
     found = [key for key in PARTS if isinstance(content, dict) and isinstance(content.get(key), dict)]
     if part is not None and part not in found:
@@ -85,12 +96,10 @@ def read_tensors(name: str | Path, kind: str) -> Tensors:
         raise UserError(
             f"{kind} {file} holds no tensors; expected a state dict, bare or under one of {', '.join(WRAPPER_KEYS)} (found: {keys})"
         )
-    unusual = next(
-        (name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_cpu), None
-    )
-    if unusual is not None:
-        raise UserError(f"{kind} {file}: tensor {unusual} is sparse, quantised or without data; expected plain tensors")
-    return Tensors(without_prefixes(tensors), {})
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_cpu:
+            raise UserError(f"{kind} {file}: tensor {key} is sparse, quantised or without data; expected plain tensors")
+    return without_prefixes(tensors), {}
 
 
 def read_safetensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -108,9 +117,8 @@ def read_pickle(file: Path, kind: str) -> Any:
         except Exception as error:
             unsafe: list[str] = []
             with suppress(Exception):  # a damaged file has no list
-                unsafe = sorted(
-                    torch.serialization.get_unsafe_globals_in_checkpoint(str(file)), key=lambda name: (name.startswith("builtins"), name)
-                )
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+                unsafe = sorted(names, key=lambda name: (name.startswith("builtins"), name))
             if unsafe:
                 raise UserError(
                     f"{kind} {file} holds {', '.join(unsafe[:3])} beside its tensors, and only tensors, containers and numbers are read: "
@@ -132,13 +140,10 @@ def without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], file: str | Path, kind: str = "checkpoint") -> None:
-    """Strict load; the error is one line that names the first key at fault, what was expected and what was found."""
-    check_state(module, tensors, file, kind)
-    module.load_state_dict(tensors)
+    """Strict load; the error is one line that names the first key at fault, what was expected and what was found.
 
-
-def check_state(module: nn.Module, tensors: Mapping[str, Tensor], file: str | Path, kind: str = "checkpoint") -> None:
-    """The same question without the load, also of a module on the meta device."""
+    A module on the meta device is allocated on the CPU, once everything is known to fit.
+    """
     expected = module.state_dict()
     for name, tensor in expected.items():
         if name not in tensors:
@@ -148,15 +153,16 @@ def check_state(module: nn.Module, tensors: Mapping[str, Tensor], file: str | Pa
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
         raise UserError(f"{kind} {file}: unexpected key {unknown[0]} (and {len(unknown) - 1} more); is this another kind of model?")
+    if any(tensor.is_meta for tensor in expected.values()):
+        module.to_empty(device="cpu")
+    module.load_state_dict(tensors)
 
 
 def filled(build: Callable[[], Module], tensors: Mapping[str, Tensor], file: str | Path, kind: str = "checkpoint") -> Module:
-    """The module that `build` makes, with a file's weights, in eval mode on the CPU; nothing is allocated before everything fits."""
+    """The module that `build` makes, with a file's weights, in eval mode on the CPU."""
     with reading(f"{kind} {file}", "the sizes it gives make no model"), torch.device("meta"):
         module = build()
-    check_state(module, tensors, file, kind)
-    module = module.to_empty(device="cpu")
-    module.load_state_dict(tensors)
+    load_state(module, tensors, file, kind)
     return module.eval()
 
 
@@ -175,17 +181,7 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-# MERGED FROM models.formats: Weight files in and out: our safetensors, and LlamaGen's `.pt` and `.safetensors`. A checkpoint is read strictly. Only what is known to be no weight is dropped (LlamaGen's RoPE table and KV caches), prefixes of DDP and of `torch.compile` are stripped, and both are reported. Sizes come from the shapes; heads and grid, which shapes cannot tell, come from the header or from the LlamaGen preset of that width and depth. A grid that the RoPE table or the name of the file contradicts (the 384-pixel models share their shapes with the 256-pixel ones) is refused unless the user gave it.
-
-NAMED_SIDES = {"384": 24, "512": 32}  # pixels in a file's name, tokens of VQ-16 along a side
-KINDS = {
-    "gpt": "a causal GPT",
-    "ordered-gpt": "a causal GPT with an OrderHead",
-    "masked": "a masked bidirectional model",
-    "oracle": "an oracle classifier",
-}
-CLASS_ROWS = "cls_embedding.embedding_table.weight"
-log = logging.getLogger("orderlab")
+# ---- Checkpoints of image models ----
 
 
 @dataclass(frozen=True)
@@ -203,13 +199,18 @@ class WeightFile:
         """Rows of the class table; 0 where there is none."""
         return len(self.tensors.get(CLASS_ROWS, ()))
 
+    @property
+    def kind(self) -> str:
+        """What the file holds, one of `KINDS`; files without a word about it are LlamaGen's GPTs or early ones of ours."""
+        return self.header.get("orderlab.kind", "gpt")
+
 
 def read_weights(file: str | Path) -> WeightFile:
     """Read a checkpoint of any supported format. Raises `UserError` for a missing, truncated or foreign file."""
-    read = read_tensors(file, "checkpoint")
-    dropped = [name for name in read.tensors if name == "freqs_cis" or ".kv_cache." in name]
-    kept = {name: tensor for name, tensor in read.tensors.items() if name not in dropped}
-    return WeightFile(kept, read.header, dropped, _told_grid(read.tensors.get("freqs_cis"), split_part(file)[0]))
+    tensors, header = read_tensors(file, "checkpoint")
+    dropped = [name for name in tensors if name == "freqs_cis" or ".kv_cache." in name]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    return WeightFile(kept, header, dropped, _told_grid(tensors.get("freqs_cis"), split_part(file)[0]))
 
 
 def _told_grid(rope_rows: Tensor | None, file: Path) -> tuple[tuple[int, int], str] | None:
@@ -223,8 +224,10 @@ def _told_grid(rope_rows: Tensor | None, file: Path) -> tuple[tuple[int, int], s
 
 def check_grid(weights: WeightFile, grid: tuple[int, int], file: str | Path, advice: str) -> None:
     """Refuse a grid that the file contradicts: in its header, its RoPE table or its name."""
-    config = _config_from_header(weights, file)
-    found, reason = (config.grid, "its header says so") if config else weights.told_grid or (grid, "")
+    if "orderlab.model" in weights.header:
+        found, reason = _config(weights, file).grid, "its header says so"
+    else:
+        found, reason = weights.told_grid or (grid, "")
     if found != grid:
         here, asked = ("x".join(map(str, side)) for side in (found, grid))
         raise UserError(f"checkpoint {file} is of {here} tokens ({reason}), not of {asked}: {advice}")
@@ -236,93 +239,102 @@ def load_gpt(file: str | Path, *, heads: int | None = None, grid: tuple[int, int
     `heads` and `grid` are needed only where neither the header nor a LlamaGen preset tells them; `grid` overrides a preset.
     `classes` says how many there are, where the class table has no row for the null class. Raises `UserError` for a file that does not fit.
     """
-    return _gpt(read_weights(file), file, heads, grid, classes)
+    weights = read_weights(file)
+    if weights.kind != "gpt":
+        raise UserError(f"checkpoint {file} holds {KINDS.get(weights.kind, f'an unknown model ({weights.kind})')}; expected {KINDS['gpt']}")
+    return _gpt(weights, file, heads, grid, classes)
 
 
-def load_masked(file: str | Path) -> MaskedModel:
-    """Load a masked model from our export, in eval mode, fp32, on the CPU. Raises `UserError` for any other file."""
-    return _masked(read_weights(file), file)
+def load_model(file: str | Path) -> ImageModel:
+    """The model of a checkpoint, in eval mode, fp32, on the CPU. Raises `UserError` for one that makes no images."""
+    weights = read_weights(file)
+    if weights.kind not in IMAGE_MODELS:
+        raise UserError(f"checkpoint {file} holds {KINDS.get(weights.kind, weights.kind)}, which makes no images")
+    if weights.kind == "gpt":
+        return _gpt(weights, file)
+    config = _config(weights, file)
+    if weights.kind == "masked":
+        return filled(lambda: MaskedModel(config, device="meta"), weights.tensors, file)
+    with reading(f"checkpoint {file}: its header", "it has no config of an OrderHead that this version can read"):
+        task = OrderHeadTask.model_validate_json(weights.header["orderlab.task"])
+    return filled(lambda: OrderedGPT(config, task, device="meta"), weights.tensors, file)
 
 
 def _gpt(
     weights: WeightFile, file: str | Path, heads: int | None = None, grid: tuple[int, int] | None = None, classes: int | None = None
 ) -> GPT:
-    check_kind(weights, "gpt", file)
     if weights.dropped:
         log.info("%s: dropped %d entries that are no weights (%s, ...)", file, len(weights.dropped), weights.dropped[0])
-    config = _config_from_header(weights, file)
-    if config is None:
+    if "orderlab.model" in weights.header:
+        config = _config(weights, file)
+    else:
         config = _config_from_shapes(weights, file, heads, grid, classes)
         if grid is None:
             check_grid(weights, config.grid, file, f"give --grid {'x'.join(map(str, (weights.told_grid or (config.grid,))[0]))}")
     return filled(lambda: GPT(config, device="meta"), weights.tensors, file)
 
 
-def _masked(weights: WeightFile, file: str | Path) -> MaskedModel:
-    check_kind(weights, "masked", file)
-    config = _config_from_header(weights, file)
-    if config is None:
-        raise UserError(f"checkpoint {file}: its header holds no config")
-    return filled(lambda: MaskedModel(config, device="meta"), weights.tensors, file)
-
-
-def _config_from_header(weights: WeightFile, file: str | Path) -> GPTConfig | None:
+def _config(weights: WeightFile, file: str | Path) -> GPTConfig:
     if "orderlab.model" not in weights.header:
-        return None
-    with reading(f"checkpoint {file}: its config", "another version wrote it, or the file is damaged"):
-        try:
-            return GPTConfig.model_validate_json(weights.header["orderlab.model"])
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise UserError(f"checkpoint {file}: its header holds a config this version cannot read ({reason})") from None
+        raise UserError(f"checkpoint {file}: its header holds no config")
+    try:
+        return GPTConfig.model_validate_json(weights.header["orderlab.model"])
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UserError(f"checkpoint {file}: its header holds a config this version cannot read ({reason})") from None
 
 
 def _config_from_shapes(
     weights: WeightFile, file: str | Path, heads: int | None, grid: tuple[int, int] | None, classes: int | None = None
 ) -> GPTConfig:
-    tensors, header = weights.tensors, weights.header
+    """The sizes of a LlamaGen checkpoint. Without a word its class table has a row for the null class, which is LlamaGen's default."""
+    tensors, header, rows = weights.tensors, weights.header, weights.class_rows
     needed = (CLASS_ROWS, "tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
     absent = [name for name in needed if name not in tensors or tensors[name].dim() != 2]
     if absent:
         raise UserError(f"checkpoint {file} is no class-conditional LlamaGen GPT: key {absent[0]} is missing or no matrix")
+    if classes is not None and classes not in (rows, rows - 1):
+        raise UserError(
+            f"checkpoint {file}: its class table has {rows} rows; --classes {classes} does not fit, expected {rows - 1} or {rows}"
+        )
     vocabulary, dim = tensors["tok_embeddings.weight"].shape
     layers = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
     preset = next((p for p in PRESETS.values() if (p.dim, p.layers) == (dim, layers)), None)
     with reading(f"checkpoint {file}: its header", "it is not LlamaGen's"):
         heads = heads or int(header.get("n_head", preset.heads if preset else 0))
-        side = max(0, int(header.get("block_size", 256 if preset else 0))) ** 0.5
-    grid = grid or (int(side), int(side))
-    if not heads or not grid[0]:
+        side = int(max(0, int(header.get("block_size", 256 if preset else 0))) ** 0.5)
+        dropouts = {ours: float(header[theirs]) for ours, theirs in LLAMAGEN_DROPOUTS.items() if theirs in header}
+    if not heads or not (grid or side):
         raise UserError(
             f"checkpoint {file}: {layers} layers of width {dim} match no LlamaGen preset; give heads and grid (--heads 12 --grid 16x16)"
         )
+    sizes = {"layers": layers, "heads": heads, "dim": dim, "grid": grid or (side, side), "vocabulary": vocabulary}
+    sizes |= {"classes": rows - 1 if classes is None else classes, "has_null_class": classes != rows}
+    sizes |= {"ffn_hidden": tensors["layers.0.feed_forward.w1.weight"].shape[0]}
+    tables = {"target_embedding": "ta_embedding.weight" in tensors, "slot_bias": "slot_bias.weight" in tensors}
     try:
-        return GPTConfig(
-            layers=layers,
-            heads=heads,
-            dim=dim,
-            grid=grid,
-            vocabulary=vocabulary,
-            **_class_table(weights, file, classes),
-            ffn_hidden=tensors["layers.0.feed_forward.w1.weight"].shape[0],
-            target_embedding="ta_embedding.weight" in tensors,
-            slot_bias="slot_bias.weight" in tensors,
-            **{ours: float(header[theirs]) for ours, theirs in LLAMAGEN_DROPOUTS.items() if theirs in header},
-        )
+        return GPTConfig.model_validate(sizes | tables | dropouts)
     except ValidationError as error:
         raise UserError(f"checkpoint {file}: {error.errors()[0]['msg']}") from None
-    except ValueError as error:
-        raise UserError(f"checkpoint {file}: its header is not LlamaGen's ({error})") from None
 
 
-def _class_table(weights: WeightFile, file: str | Path, classes: int | None) -> dict[str, int | bool]:
-    """How many classes, and whether a row for the null class follows them; without a word LlamaGen's default, which has one."""
-    rows = weights.class_rows
-    if classes is not None and classes not in (rows, rows - 1):
-        raise UserError(
-            f"checkpoint {file}: its class table has {rows} rows; --classes {classes} does not fit, expected {rows - 1} or {rows}"
-        )
-    return {"classes": rows - 1 if classes is None else classes, "has_null_class": classes != rows}
+def load_ordered_state(model: OrderedGPT, tensors: dict[str, Tensor], file: str | Path) -> None:
+    """Take a checkpoint of a GPT with an OrderHead, or a GPT's under a fresh OrderHead."""
+    has_head = any(name.startswith("order_head.") for name in tensors)
+    load_state(model if has_head else model.gpt, tensors, file)
+
+
+def save_model(
+    model: ImageModel, file: str | Path, *, state: Mapping[str, Tensor] | None = None, header: Mapping[str, object] | None = None
+) -> None:
+    """Write weights (of the model, or `state` in their place), configs and a free header as safetensors, atomically."""
+    kind = next(name for name, is_of in IMAGE_MODELS.items() if isinstance(model, is_of))
+    entries: dict[str, object] = {"kind": kind, "model": model.config.model_dump_json()}
+    if isinstance(model, OrderedGPT):
+        entries["task"] = model.task.model_dump_json()
+    entries |= header or {}
+    texts = {f"orderlab.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()}
+    save_weights(file, state or model.state_dict(), texts)
 
 
 def merge_target(model: GPT, order: Tensor) -> GPT:
@@ -342,83 +354,6 @@ def merge_target(model: GPT, order: Tensor) -> GPT:
     return merged.train(model.training)
 
 
-LLAMAGEN_DROPOUTS = {"token_dropout": "token_dropout_p", "residual_dropout": "resid_dropout_p", "ffn_dropout": "ffn_dropout_p"}
-
-
-def save_gpt(model: GPT, file: str | Path, *, state: dict[str, Tensor] | None = None, header: Mapping[str, object] | None = None) -> None:
-    """Write weights (of the model, or `state` in its place) and config as safetensors, atomically."""
-    save_checkpoint(file, "gpt", state or model.state_dict(), {"model": model.config}, header or {})
-
-
-def save_masked(
-    model: MaskedModel, file: str | Path, *, state: dict[str, Tensor] | None = None, header: Mapping[str, object] | None = None
-) -> None:
-    """The same for a masked model."""
-    save_checkpoint(file, "masked", state or model.state_dict(), {"model": model.config}, header or {})
-
-
-def save_checkpoint(
-    file: str | Path, kind: str, state: Mapping[str, Tensor], configs: Mapping[str, Frozen], header: Mapping[str, object]
-) -> None:
-    """Write a model of any kind: what it is, its configs by name, and a free header of strings or what JSON can hold."""
-    metadata = {"orderlab.kind": kind} | {f"orderlab.{name}": config.model_dump_json() for name, config in configs.items()}
-    metadata |= {f"orderlab.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
-    save_weights(file, state, metadata)
-
-
-def kind_of(weights: WeightFile) -> str:
-    """What a checkpoint holds, one of `KINDS`; files without a word about it are LlamaGen's GPTs or early ones of ours."""
-    return weights.header.get("orderlab.kind", "gpt")
-
-
-def check_kind(weights: WeightFile, kind: str, file: str | Path) -> None:
-    """Raises `UserError` where a checkpoint holds another kind of model."""
-    found = kind_of(weights)
-    if found != kind:
-        raise UserError(f"checkpoint {file} holds {KINDS.get(found, f'an unknown model ({found})')}; expected {KINDS[kind]}")
-
-
-def load_ordered_state(model: OrderedGPT, tensors: dict[str, Tensor], file: str | Path) -> None:
-    """Take a checkpoint of a GPT with an OrderHead, or a GPT's under a fresh OrderHead."""
-    has_head = any(name.startswith("order_head.") for name in tensors)
-    load_state(model if has_head else model.gpt, tensors, file)
-
-
-def save_ordered_gpt(
-    model: OrderedGPT, file: str | Path, *, state: dict[str, Tensor] | None = None, header: Mapping[str, object] | None = None
-) -> None:
-    """Write weights (of the model, or `state` in its place) and configs as safetensors, atomically."""
-    save_checkpoint(file, "ordered-gpt", state or model.state_dict(), {"model": model.config, "task": model.task}, header or {})
-
-
-def load_ordered_gpt(file: str | Path) -> OrderedGPT:
-    """Load a GPT with its OrderHead, in eval mode, fp32, on the CPU. Raises `UserError` for a file that holds something else."""
-    weights = read_weights(file)
-    check_kind(weights, "ordered-gpt", file)
-    with reading(f"checkpoint {file}: its header", "it has no config of an OrderHead that this version can read"):
-        config = GPTConfig.model_validate_json(weights.header["orderlab.model"])
-        task = OrderHeadTask.model_validate_json(weights.header["orderlab.task"])
-    return filled(lambda: OrderedGPT(config, task, device="meta"), weights.tensors, file)
-
-
-# MERGED FROM models.checkpoints: A checkpoint as the model it holds, whatever its kind.
-
-ImageModel = GPT | OrderedGPT | MaskedModel
-"""What makes images."""
-LOADERS = {"gpt": load_gpt, "ordered-gpt": load_ordered_gpt, "masked": load_masked}
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
 def set_precision(model: ImageModel, precision: str) -> None:
     """Put the weights that draw tokens into "fp32" or "bf16"; an OrderHead keeps its own, or images would tie for a place in the order."""
     (model.gpt if isinstance(model, OrderedGPT) else model).to(PRECISIONS[precision])
-
-
-def load_model(file: str | Path) -> ImageModel:
-    """The model of a checkpoint, in eval mode, fp32, on the CPU. Raises `UserError` for one that makes no images."""
-    kind = kind_of(read_weights(file))
-    if kind not in LOADERS:
-        raise UserError(f"checkpoint {file} holds {KINDS.get(kind, kind)}, which makes no images")
-    return LOADERS[kind](file)

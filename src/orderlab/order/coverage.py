@@ -4,9 +4,7 @@ The study's explanation of why raster is easy for a causal model: at step 32 of 
 neighbours generated, a random order 5-6 % (its Section 2).
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from torch import Tensor
 from orderlab.config import UserError
 from orderlab.order.perm import as_batch, rank, rows_at, to_steps
 
-OFFSETS = [(dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr, dc) != (0, 0)]
+# B batch · P grid position · T generation step · H, W rows and columns of the grid
 
 
 def coverage(order: Tensor, height: int, width: int, steps: int) -> float:
@@ -32,29 +30,14 @@ def coverage_curve(order: Tensor, height: int, width: int, counts: Sequence[int]
 
     `counts` says how many tokens are generated at a time; those of one group do not see each other. None: one by one.
     """
-    positions = height * width
-    order_BT = as_batch(order, 1, positions)
+    order_BT = as_batch(order, 1, height * width)
     rank_BP = rank(order_BT)
     if counts is not None:
         group_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         rank_BP = rows_at(group_T, rank_BP)
-    rank_HW = rank_BP.view(height, width)
-    known_HW = torch.zeros(height, width, dtype=torch.float64)
-    existing_HW = torch.zeros(height, width, dtype=torch.float64)
-    for here, there in _pairs(height, width):
-        existing_HW[here] += 1
-        known_HW[here] += rank_HW[there] < rank_HW[here]
-    share_BP = (known_HW / existing_HW.clamp(min=1)).view(1, positions)
-    steps_T = torch.arange(1, positions + 1, dtype=torch.float64)
-    return to_steps(share_BP, order_BT)[0].cumsum(0) / steps_T
-
-
-def _pairs(height: int, width: int) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-    """For each of the eight directions: the cells that have a neighbour there, and those neighbours."""
-    for dr, dc in OFFSETS:
-        here = (slice(max(0, -dr), height - max(0, dr)), slice(max(0, -dc), width - max(0, dc)))
-        there = (slice(max(0, dr), height - max(0, -dr)), slice(max(0, dc), width - max(0, -dc)))
-        yield here, there
+    share_BHW = _share_of_neighbours(rank_BP.view(1, height, width), torch.gt)
+    steps_T = torch.arange(1, height * width + 1, dtype=torch.float64)
+    return to_steps(share_BHW.flatten(1), order_BT)[0].cumsum(0) / steps_T
 
 
 def expected_random_coverage(height: int, width: int, steps: int) -> float:
@@ -66,9 +49,16 @@ def expected_random_coverage(height: int, width: int, steps: int) -> float:
 def visible_neighbours(is_masked_BP: Tensor, height: int, width: int) -> float:
     """Of the existing 8-neighbours of masked tokens, the share that is visible: mean over all masked tokens of some masks."""
     is_masked_BHW = is_masked_BP.view(-1, height, width)
-    seen_BHW = torch.zeros(is_masked_BHW.shape, dtype=torch.float64)
-    existing_HW = torch.zeros(height, width, dtype=torch.float64)
-    for here, there in _pairs(height, width):
+    return float(_share_of_neighbours(is_masked_BHW, lambda here, there: ~there)[is_masked_BHW].mean())
+
+
+def _share_of_neighbours(cells_BHW: Tensor, is_counted: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Of each cell's existing 8-neighbours the share for which `is_counted(cell, neighbour)`; 0 where there are none."""
+    height, width = cells_BHW.shape[1:]
+    counted_BHW, existing_HW = torch.zeros(cells_BHW.shape, dtype=torch.float64), torch.zeros(height, width, dtype=torch.float64)
+    for dr, dc in ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)):
+        here = (..., slice(max(0, -dr), height - max(0, dr)), slice(max(0, -dc), width - max(0, dc)))
+        there = (..., slice(max(0, dr), height - max(0, -dr)), slice(max(0, dc), width - max(0, -dc)))
         existing_HW[here] += 1
-        seen_BHW[(slice(None), *here)] += (~is_masked_BHW)[(slice(None), *there)]
-    return float((seen_BHW / existing_HW.clamp(min=1))[is_masked_BHW].mean())
+        counted_BHW[here] += is_counted(cells_BHW[here], cells_BHW[there])
+    return counted_BHW / existing_HW.clamp(min=1)

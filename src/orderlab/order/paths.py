@@ -3,14 +3,15 @@
 A path is a Tensor `order` of length P = H·W: `order[t]` is the grid position (row·W + column) generated at step t.
 The first ten are the orders of the study this package implements; z-curve, hilbert, multiscale and halton go beyond it.
 Every path is defined by formula, for any H and W, because the literature's names are not: "alternate" and "spiral in"
-mean different scans in different papers. To add an order, write a function (height, width) -> positions and name it in `PATHS`.
+mean different scans in different papers. To add an order, write a function (height, width) -> cells and name it in `PATHS`.
 """
 
-from __future__ import annotations
-
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable
+from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,34 +22,9 @@ from orderlab.config import MOST_SIDE, UserError
 Cells = Iterable[tuple[int, int]]
 
 
-def raster(height: int, width: int) -> Cells:
-    """Rows top to bottom, each left to right."""
-    return ((r, c) for r in range(height) for c in range(width))
-
-
-def reverse(height: int, width: int) -> Cells:
-    """Raster backwards."""
-    return reversed(list(raster(height, width)))
-
-
-def column_major(height: int, width: int) -> Cells:
-    """Columns left to right, each top to bottom."""
-    return ((r, c) for c in range(width) for r in range(height))
-
-
-def zigzag(height: int, width: int) -> Cells:
-    """Boustrophedon: even rows left to right, odd rows right to left (RAR calls it "alternate")."""
-    return ((r, c if r % 2 == 0 else width - 1 - c) for r in range(height) for c in range(width))
-
-
-def diagonal(height: int, width: int) -> Cells:
-    """Anti-diagonals r + c ascending, within one by ascending r."""
-    return sorted(raster(height, width), key=lambda cell: (cell[0] + cell[1], cell[0]))
-
-
-def stride_2(height: int, width: int) -> Cells:
-    """The four sub-grids (0,0), (0,1), (1,0), (1,1) of even and odd rows and columns, each in raster order."""
-    return sorted(raster(height, width), key=lambda cell: (cell[0] % 2, cell[1] % 2))
+def sorted_by(key: Callable[[int, int], Any]) -> Callable[[int, int], Cells]:
+    """The path that visits cells by ascending `key(row, column)`; equal cells in raster order."""
+    return lambda height, width: sorted(product(range(height), range(width)), key=lambda cell: key(*cell))
 
 
 def spiral(height: int, width: int) -> Cells:
@@ -68,33 +44,23 @@ def center_spiral(height: int, width: int) -> Cells:
     """From the centre outwards: right, down, left, up with arms 1, 1, 2, 2, 3, 3, ..., skipping what lies outside."""
     r, c = (height - 1) // 2, (width - 1) // 2
     yield r, c
-    visited, arm, direction = 1, 0, 0
-    steps = ((0, 1), (1, 0), (0, -1), (-1, 0))
+    visited, arm = 1, 0
     while visited < height * width:
-        dr, dc = steps[direction % 4]
+        dr, dc = ((0, 1), (1, 0), (0, -1), (-1, 0))[arm % 4]
         for _ in range(arm // 2 + 1):
             r, c = r + dr, c + dc
             if 0 <= r < height and 0 <= c < width:
                 visited += 1
                 yield r, c
-        arm, direction = arm + 1, direction + 1
-
-
-def z_curve(height: int, width: int) -> Cells:
-    """Morton order: by the interleaved bits of row and column, the row's bit first."""
-
-    def morton(cell: tuple[int, int]) -> int:
-        return sum(((cell[0] >> b & 1) << 2 * b + 1) | ((cell[1] >> b & 1) << 2 * b) for b in range(max(height, width).bit_length()))
-
-    return sorted(raster(height, width), key=morton)
+        arm += 1
 
 
 def hilbert(height: int, width: int) -> Cells:
     """Hilbert curve on the enclosing 2^k square from the top-left corner, positions outside the grid skipped."""
     side = 1 << (max(height, width) - 1).bit_length()
 
-    def distance(cell: tuple[int, int]) -> int:
-        (y, x), total, s = cell, 0, side // 2
+    def distance(y: int, x: int) -> int:
+        total, s = 0, side // 2
         while s:
             right, below = int(x & s > 0), int(y & s > 0)
             total += s * s * ((3 * right) ^ below)
@@ -103,17 +69,7 @@ def hilbert(height: int, width: int) -> Cells:
             s //= 2
         return total
 
-    return sorted(raster(height, width), key=distance)
-
-
-def multiscale(height: int, width: int) -> Cells:
-    """Coarse to fine: strides from the largest power of two down to 1, each level's new positions in raster order."""
-
-    def level(cell: tuple[int, int]) -> int:
-        bits = cell[0] | cell[1]
-        return -(bits & -bits) if bits else -(2 * max(height, width))
-
-    return sorted(raster(height, width), key=level)
+    return sorted_by(distance)(height, width)
 
 
 def halton(height: int, width: int) -> Cells:
@@ -129,7 +85,7 @@ def halton(height: int, width: int) -> Cells:
 
 def _radical_inverse_cells(indices: np.ndarray, base: int, cells: int) -> list[int]:
     """floor(cells · radical inverse), in integers so that no cell edge is rounded."""
-    numerator, denominator, rest = np.zeros_like(indices), 1, indices.copy()
+    numerator, denominator, rest = np.zeros_like(indices), 1, indices
     while rest.any():
         rest, digit = np.divmod(rest, base)
         numerator, denominator = numerator * base + digit, denominator * base
@@ -137,17 +93,24 @@ def _radical_inverse_cells(indices: np.ndarray, base: int, cells: int) -> list[i
 
 
 PATHS: dict[str, Callable[[int, int], Cells]] = {
-    "raster": raster,
-    "zigzag": zigzag,
-    "diagonal": diagonal,
-    "stride-2": stride_2,
+    # rows top to bottom, each left to right
+    "raster": sorted_by(lambda r, c: (r, c)),
+    # boustrophedon: even rows left to right, odd rows right to left (RAR calls it "alternate")
+    "zigzag": sorted_by(lambda r, c: (r, c if r % 2 == 0 else -c)),
+    # anti-diagonals r + c ascending, within one by ascending r
+    "diagonal": sorted_by(lambda r, c: (r + c, r)),
+    # the four sub-grids (0,0), (0,1), (1,0), (1,1) of even and odd rows and columns, each in raster order
+    "stride-2": sorted_by(lambda r, c: (r % 2, c % 2)),
     "spiral": spiral,
-    "column-major": column_major,
+    "column-major": sorted_by(lambda r, c: (c, r)),
     "center-spiral": center_spiral,
-    "reverse": reverse,
-    "z-curve": z_curve,
+    # raster backwards
+    "reverse": sorted_by(lambda r, c: (-r, -c)),
+    # Morton order: by the interleaved bits of row and column, the row's bit first; bits read in base 4 stand two apart
+    "z-curve": sorted_by(lambda r, c: 2 * int(f"{r:b}", 4) + int(f"{c:b}", 4)),
     "hilbert": hilbert,
-    "multiscale": multiscale,
+    # coarse to fine: strides from the largest power of two down to 1, each level's new positions in raster order
+    "multiscale": sorted_by(lambda r, c: -((r | c) & -(r | c)) or -math.inf),
     "halton": halton,
 }
 ORDER_NAMES = (*PATHS, "random")
@@ -188,6 +151,7 @@ def parse_grid(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,9})x([1-9]\d{0,9})", text, re.ASCII)
     if not match:
         raise UserError(f"grid '{text}' is not HEIGHTxWIDTH; expected for example 16x16")
-    if max(map(int, match.groups())) > MOST_SIDE:
+    height, width = map(int, match.groups())
+    if max(height, width) > MOST_SIDE:
         raise UserError(f"grid '{text}' is too large; expected at most {MOST_SIDE}x{MOST_SIDE}")
-    return int(match[1]), int(match[2])
+    return height, width

@@ -4,14 +4,12 @@ Grid space (P) and step space (T) are both P long, so no shape check tells them 
 `order_BT[b, t]` is the position generated at step t, `rank_BP[b, p]` the step that generates position p.
 """
 
-# B batch · P grid position · T generation step
-
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from orderlab.config import UserError
+
+# B batch · P grid position · T generation step · N some positions of a row · D width
 
 
 def to_steps(values_BP: Tensor, order_BT: Tensor) -> Tensor:
@@ -35,6 +33,21 @@ def rows_at(table_PX: Tensor, positions: Tensor) -> Tensor:
     return table_PX[positions]
 
 
+def states_at(states_BPD: Tensor, positions_BN: Tensor) -> Tensor:
+    """The states [B, N, D] at some positions of each row."""
+    return states_BPD.gather(1, positions_BN[..., None].expand(-1, -1, states_BPD.shape[-1]))
+
+
+def put(values_BP: Tensor, positions_BN: Tensor, new_BN: Tensor) -> Tensor:
+    """A copy of `values_BP` with new values at some positions of each row."""
+    return values_BP.scatter(1, positions_BN, new_BN)
+
+
+def marked(is_marked_BP: Tensor) -> Tensor:
+    """The marked positions [B, N] of each row in raster order; every row must have as many."""
+    return is_marked_BP.nonzero()[:, 1].view(len(is_marked_BP), -1)
+
+
 def random_orders(count: int, positions: int, generator: torch.Generator) -> Tensor:
     """`count` independent uniform permutations [count, positions], in one vectorised draw.
 
@@ -48,30 +61,9 @@ def first_steps(order_BT: Tensor, counts_B: Tensor) -> Tensor:
     return rank(order_BT) < counts_B[:, None]
 
 
-def marked(is_marked_BP: Tensor) -> Tensor:
-    """The marked positions [B, N] of each row in raster order; every row must have as many."""
-    return is_marked_BP.nonzero()[:, 1].view(len(is_marked_BP), -1)
-
-
-def states_at(states_BPD: Tensor, positions_BN: Tensor) -> Tensor:
-    """The states [B, N, D] at some positions of each row."""
-    return states_BPD.gather(1, positions_BN[..., None].expand(-1, -1, states_BPD.shape[-1]))
-
-
-def put(values_BP: Tensor, positions_BN: Tensor, new_BN: Tensor) -> Tensor:
-    """A copy of `values_BP` with new values at some positions of each row."""
-    return values_BP.scatter(1, positions_BN, new_BN)
-
-
 def highest(scores_BP: Tensor, count: int) -> Tensor:
     """Which positions have one of the `count` highest scores [B, P]; ties go to the lower position."""
-    ranked_BT = scores_BP.argsort(dim=1, descending=True, stable=True)
-    return rank(ranked_BT) < count
-
-
-def in_two_groups(is_first_BP: Tensor) -> Tensor:
-    """The order [B, T] that generates the marked positions first; both groups in raster order."""
-    return in_groups((~is_first_BP).to(torch.uint8))
+    return rank(scores_BP.argsort(dim=1, descending=True, stable=True)) < count
 
 
 def in_groups(group_BP: Tensor) -> Tensor:
@@ -79,17 +71,20 @@ def in_groups(group_BP: Tensor) -> Tensor:
     return group_BP.argsort(dim=1, stable=True)
 
 
+def in_two_groups(is_first_BP: Tensor) -> Tensor:
+    """The order [B, T] that generates the marked positions first; both groups in raster order."""
+    return in_groups((~is_first_BP).to(torch.uint8))
+
+
 def remaining_by_score(order_BT: Tensor, start: int, stop: int, scores_BP: Tensor) -> Tensor:
     """The same order up to step `start`; steps `start` to `stop` take the highest-scored of what is left, the rest follows.
 
     Both parts are in raster order; ties go to the lower position.
     """
-    done_BP = rank(order_BT) < start
-    next_BP = highest(scores_BP.masked_fill(done_BP, -torch.inf), stop - start)
-    group_BP = (~next_BP).to(torch.int64) + 1  # 1 next, 2 later
-    group_BP = group_BP.masked_fill(done_BP, 0)
-    tail_BT = group_BP.argsort(dim=1, stable=True)[:, start:]
-    return torch.cat([order_BT[:, :start], tail_BT], dim=1)
+    is_done_BP = rank(order_BT) < start
+    is_next_BP = highest(scores_BP.masked_fill(is_done_BP, -torch.inf), stop - start)
+    group_BP = (2 - is_next_BP.long()).masked_fill(is_done_BP, 0)  # 0 done, 1 next, 2 later
+    return torch.cat([order_BT[:, :start], in_groups(group_BP)[:, start:]], dim=1)
 
 
 def as_batch(order: Tensor, batch: int, positions: int) -> Tensor:
@@ -104,8 +99,7 @@ def as_batch(order: Tensor, batch: int, positions: int) -> Tensor:
         raise UserError(f"order has {order.shape[-1]} positions; the model's grid has {positions}")
     if order.dim() == 2 and order.shape[0] not in (1, batch):
         raise UserError(f"order has {order.shape[0]} rows for a batch of {batch}; expected [P] or [{batch}, P]")
-    order = order.long()
-    rows = order.reshape(-1, positions)
+    rows = order.long().reshape(-1, positions)
     if not torch.equal(rows.sort(dim=1).values, torch.arange(positions, device=order.device).expand_as(rows)):
         raise UserError(f"order is not a permutation: every position 0..{positions - 1} must appear exactly once")
     return rows.expand(batch, -1)

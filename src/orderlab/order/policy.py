@@ -1,10 +1,10 @@
-"""Policies: which order each training sample takes, as a pure function of (config, progress, generator).
+"""Policies: which order each training image takes, and which of its tokens are masked, as pure functions of a generator.
 
-The model never draws an order (RAR's reference draws them inside `forward` from the global stream). A policy is told how
-far training is, in [0, 1], and given a generator keyed by (seed, images seen); the same key gives the same orders.
+The model never draws an order (RAR's reference draws them inside `forward` from the global stream). A policy is given how far
+training is, in [0, 1], and a generator keyed by (seed, images seen); the same key gives the same orders. Masks are a share drawn
+for the image, then a uniform subset of that size. The distributions of the share are MaskGIT's, arccos of a uniform (2202.04200);
+MAR's, a normal around 1 truncated to [0.7, 1] (2406.11838, there one share a batch); and the uniform one: every count as likely.
 """
-
-from __future__ import annotations
 
 import math
 from functools import lru_cache
@@ -12,11 +12,13 @@ from functools import lru_cache
 import torch
 from torch import Generator, Tensor
 
-from orderlab.config import AnnealedOrder, FixedOrder, OrderPolicy, RandomOrder
+from orderlab.config import FixedOrder, OrderPolicy, RandomOrder
 from orderlab.order.paths import path
 from orderlab.order.perm import first_steps, random_orders
 
 # B batch · P grid position · T generation step
+
+MAR_MEAN, MAR_DEVIATION, MAR_LEAST = 1.0, 0.25, 0.7
 
 
 def random_ratio(policy: OrderPolicy, progress: float) -> float:
@@ -24,24 +26,20 @@ def random_ratio(policy: OrderPolicy, progress: float) -> float:
 
     RAR (2411.00776, Sec. 3): 1 until `start`, linear to 0 at `end`, then 0, as a function of progress in [0, 1].
     """
-    if isinstance(policy, FixedOrder):
-        return 0.0
-    if isinstance(policy, RandomOrder):
-        return 1.0
+    if isinstance(policy, FixedOrder | RandomOrder):
+        return float(isinstance(policy, RandomOrder))
     if policy.start == policy.end:
         return float(progress < policy.start)
     return min(1.0, max(0.0, (policy.end - progress) / (policy.end - policy.start)))
 
 
 def draw_orders(policy: OrderPolicy, grid: tuple[int, int], count: int, progress: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """The orders of `count` samples, and which of them are random.
+    """The orders [count, T] of some samples, and which of them are random [count].
 
-    Returns `order_BT` [count, P] and `is_random_B` [count]. Each sample is either wholly random or wholly the policy's
-    path (a Bernoulli draw per sample), as in RAR.
+    Each sample is either wholly random or wholly the policy's path (a Bernoulli draw per sample), as in RAR.
     """
-    positions = grid[0] * grid[1]
-    base_T = _base_order(policy, grid)
-    ratio = random_ratio(policy, progress)
+    positions, ratio = grid[0] * grid[1], random_ratio(policy, progress)
+    base_T = _cached_path("raster" if isinstance(policy, RandomOrder) else policy.order, *grid)
     if ratio == 0.0:
         return base_T.expand(count, positions), torch.zeros(count, dtype=torch.bool)
     is_random_B = torch.rand(count, generator=generator) < ratio
@@ -55,17 +53,10 @@ def _cached_path(name: str, height: int, width: int) -> Tensor:
     return path(name, height, width)
 
 
-def _base_order(policy: OrderPolicy, grid: tuple[int, int]) -> Tensor:
-    name = policy.order if isinstance(policy, FixedOrder | AnnealedOrder) else "raster"
-    return _cached_path(name, *grid)
-
-
-# MERGED FROM order.masks: Which tokens of each training image are masked: a share drawn for the image, then a uniform subset of that size. The distributions of the share are MaskGIT's, arccos of a uniform (2202.04200); MAR's, a normal around 1 truncated to [0.7, 1] (2406.11838, there one share a batch); and the uniform one, under which every count is as likely as any other.
-
-# B batch · P grid position
-
-
-MAR_MEAN, MAR_DEVIATION, MAR_LEAST = 1.0, 0.25, 0.7
+def draw_masks(ratio: str, count: int, positions: int, generator: Generator) -> Tensor:
+    """The masked positions of `count` images: bool [count, P], at least one each."""
+    counts_B = mask_counts(ratio, count, positions, generator)
+    return first_steps(random_orders(count, positions, generator), counts_B)
 
 
 def mask_counts(ratio: str, count: int, positions: int, generator: Generator) -> Tensor:
@@ -75,18 +66,8 @@ def mask_counts(ratio: str, count: int, positions: int, generator: Generator) ->
         return (uniform_B * positions).long() + 1
     if ratio == "arccos":
         wanted_B = (uniform_B.acos() / (math.pi / 2) * positions).round()
-    else:
-        wanted_B = (_truncated_normal(uniform_B) * positions).ceil()
+    else:  # MAR's truncated normal, by its inverse CDF
+        ends = torch.tensor([(end - MAR_MEAN) / MAR_DEVIATION for end in (MAR_LEAST, 1.0)], dtype=torch.float64)
+        low, high = torch.special.ndtr(ends)
+        wanted_B = ((MAR_MEAN + MAR_DEVIATION * torch.special.ndtri(low + uniform_B * (high - low))) * positions).ceil()
     return wanted_B.long().clamp(1, positions)
-
-
-def _truncated_normal(uniform_B: Tensor) -> Tensor:
-    """The inverse CDF of MAR's share of masked tokens."""
-    low, high = (torch.special.ndtr(torch.tensor((x - MAR_MEAN) / MAR_DEVIATION, dtype=torch.float64)) for x in (MAR_LEAST, 1.0))
-    return MAR_MEAN + MAR_DEVIATION * torch.special.ndtri(low + uniform_B * (high - low))
-
-
-def draw_masks(ratio: str, count: int, positions: int, generator: Generator) -> Tensor:
-    """The masked positions of `count` images: bool [count, P], at least one each."""
-    counts_B = mask_counts(ratio, count, positions, generator)
-    return first_steps(random_orders(count, positions, generator), counts_B)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from orderlab.config import RunConfig, UserError
 from orderlab.models.gpt import GPT
-from orderlab.models.weights import ImageModel, load_gpt, load_model, merge_target, read_weights, save_gpt, split_part
+from orderlab.models.weights import ImageModel, load_gpt, load_model, merge_target, read_weights, save_model, split_part
 from orderlab.order.paths import path
 from orderlab.runtime.files import FolderKind, check_replaceable, file_sha256, read_json, replaced_folder, write_atomically, write_json
 from orderlab.runtime.run import RunFolder
@@ -81,7 +81,7 @@ def import_weights(
     check_replaceable(out, file)
     weights = read_weights(file)
     model = load_gpt(file, heads=heads, grid=grid, classes=classes)
-    save_gpt(model, out, state=weights.tensors, header={"source": file.name})
+    save_model(model, out, state=weights.tensors, header={"source": file.name})
     return {
         "file": str(out),
         "parameters": model.parameter_count(),
@@ -126,7 +126,7 @@ def export_run(
     metrics = {kind: read_json(file) for kind in ("scores", "nll") if (file := folder.root / f"{kind}.json").exists()}
     with replaced_folder(out, EXPORT) as fresh:
         if format == "safetensors":
-            save_gpt(model, fresh / name, header={"run": config.model_dump_json(), "metrics": json.dumps(metrics)})
+            save_model(model, fresh / name, header={"run": config.model_dump_json(), "metrics": json.dumps(metrics)})
         else:
             notes += _save_llamagen(model, fresh / name)
         write_json(fresh / "config.json", {"model": model.config.model_dump(mode="json"), "run": config.model_dump(mode="json")})

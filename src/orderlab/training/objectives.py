@@ -22,7 +22,7 @@ from orderlab.data.prepare import token_sets
 from orderlab.data.tokens import TokenSet, evenly_spaced
 from orderlab.evaluate.likelihood import any_order_nll, nll
 from orderlab.models.gpt import GPT, MaskedModel
-from orderlab.models.weights import CLASS_ROWS, check_grid, load_state, read_weights, save_gpt, save_masked, split_part
+from orderlab.models.weights import CLASS_ROWS, check_grid, load_state, read_weights, save_model, split_part
 from orderlab.order.perm import to_steps
 from orderlab.order.policy import draw_masks, draw_orders, random_ratio
 from orderlab.runtime.dist import generator, key
@@ -248,7 +248,7 @@ class Autoregressive(Objective[GPT]):
 
     def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
         """Write the weights (or `state` in their place) as a checkpoint that `load_gpt` reads."""
-        save_gpt(self.model, file, state=state, header=header)
+        save_model(self.model, file, state=state, header=header)
 
 
 # MERGED FROM training.masked: Masked-token prediction by the bidirectional model (MaskGIT, MAR): some tokens of each image are masked, the loss is theirs. The loss is the mean cross-entropy over all masked tokens of the global batch, whatever the processes and micro-batches: each image carries the weight that its masked tokens have there. No label smoothing, so that the loss is a likelihood.
@@ -308,8 +308,8 @@ class Masked(Objective[MaskedModel]):
         return total / (len(chosen) * self.config.model.positions)
 
     def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
-        """Write the weights (or `state` in their place) as a checkpoint that `load_masked` reads."""
-        save_masked(self.model, file, state=state, header=header)
+        """Write the weights (or `state` in their place) as a checkpoint that `load_model` reads."""
+        save_model(self.model, file, state=state, header=header)
 
 
 # MERGED FROM training.tasks: From a config to its training task: the tokens it reads, and the objective of its kind.

@@ -26,7 +26,7 @@ from orderlab.data.tokens import TokenSet, evenly_spaced
 from orderlab.evaluate.likelihood import nll
 from orderlab.evaluate.probes import Diagnosis
 from orderlab.models.order_head import Ordered, OrderedGPT, Split, normalise, split, temperature_at, truth_ratio_at
-from orderlab.models.weights import load_ordered_state, save_ordered_gpt
+from orderlab.models.weights import load_ordered_state, save_model
 from orderlab.order.perm import to_grid
 from orderlab.runtime.dist import generator, key
 from orderlab.training.objectives import Batch, Objective
@@ -183,7 +183,7 @@ class OrderHead(Objective[OrderedGPT]):
         return learned / tokens, raster / tokens
 
     def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
-        save_ordered_gpt(self.model, file, state=state, header=header)
+        save_model(self.model, file, state=state, header=header)
 
 
 class ScoreMaps:
