@@ -92,18 +92,14 @@ def test_a_target_embedding_is_refused() -> None:
 
 
 def test_checkpoints_know_their_kind(model: MaskedModel, tmp_path: Path) -> None:
-    """A causal checkpoint is no masked one and the reverse: one clear line; what does not care loads either."""
+    """A masked checkpoint is no causal one: one clear line; what does not care loads either."""
     masked, causal = tmp_path / "masked.safetensors", tmp_path / "causal.safetensors"
     save_model(model, masked)
     save_model(GPT(CONFIG, seed=1), causal)
     loaded = load_model(masked)
     assert loaded.config == CONFIG
     assert torch.equal(loaded(CLASSES, TOKENS, IS_MASKED), model(CLASSES, TOKENS, IS_MASKED))
-    for load, file, message in (
-        (load_gpt, masked, "holds a masked bidirectional model; expected a causal GPT"),
-        (load_model, causal, "holds a causal GPT; expected a masked bidirectional model"),
-    ):
-        with pytest.raises(UserError, match=message) as error:
-            load(file)
-        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="holds a masked bidirectional model; expected a causal GPT") as error:
+        load_gpt(masked)
+    assert "\n" not in str(error.value)
     assert [type(load_model(file)) for file in (masked, causal)] == [MaskedModel, GPT]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orderlab.config import GPTConfig, SampleConfig, UserError
-from orderlab.models import transformer as backbone
+from orderlab.models import transformer
 from orderlab.models.decode import CachedDecoder
 from orderlab.models.gpt import GPT
 from orderlab.models.weights import load_gpt
@@ -91,7 +91,7 @@ def test_a_full_forward_in_parts_changes_nothing(target_model: GPT, monkeypatch:
     whole = generate(target_model, CLASSES, orders, seeds=SEEDS, guidance=2.0, sampler="full-forward", target=True)
     rows, hidden = [], GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, *a, **k: rows.append(len(a[0])) or hidden(self, *a, **k))
-    monkeypatch.setattr(backbone, "PART_BYTES", 1)
+    monkeypatch.setattr(transformer, "PART_BYTES", 1)
     assert torch.equal(generate(target_model, CLASSES, orders, seeds=SEEDS, guidance=2.0, sampler="full-forward", target=True), whole)
     assert rows == [1] * 16 * 16
 

@@ -1,5 +1,7 @@
 """Learned-order samplers: fast paths equal the full forward token for token, candidates are chosen by what is said, seeds are images'."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -86,7 +88,7 @@ def test_candidates_differ_in_order_and_tokens_and_the_likeliest_is_kept(model: 
 
     def spy(tokens_BP: torch.Tensor, classes_B: torch.Tensor, order_BT: torch.Tensor) -> torch.Tensor:
         seen["tokens"], seen["orders"], seen["classes"] = tokens_BP, order_BT, classes_B
-        return semifast.LogLikelihood(model.gpt, model.target)(tokens_BP, classes_B, order_BT)
+        return semifast.log_likelihood(model.gpt, model.target, tokens_BP, classes_B, order_BT)
 
     made = semifast.semifast(model, CLASSES, SEEDS, candidates=8, rescore=spy, guidance=2.0)
     assert torch.equal(seen["classes"], CLASSES.repeat_interleave(8))
@@ -102,9 +104,9 @@ def test_candidates_differ_in_order_and_tokens_and_the_likeliest_is_kept(model: 
 
 @torch.inference_mode()
 def test_another_rescoring_keeps_another_candidate(model: OrderedGPT) -> None:
-    worst = semifast.semifast(model, CLASSES, SEEDS, candidates=4, rescore=lambda *a: -semifast.LogLikelihood(model.gpt, model.target)(*a))
+    worst = semifast.semifast(model, CLASSES, SEEDS, candidates=4, rescore=lambda *a: -semifast.log_likelihood(model.gpt, model.target, *a))
     best = semifast.semifast(model, CLASSES, SEEDS, candidates=4)
-    value = semifast.LogLikelihood(model.gpt, model.target)
+    value = partial(semifast.log_likelihood, model.gpt, model.target)
     assert (value(best.tokens_BP, CLASSES, best.order_BT) > value(worst.tokens_BP, CLASSES, worst.order_BT)).all()
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from orderlab.config import GPTConfig, SampleConfig, UserError
-from orderlab.models import transformer as backbone
-from orderlab.models import transformer as trunk
+from orderlab.models import transformer
 from orderlab.models.gpt import GPT, MaskedModel
 from orderlab.models.weights import set_precision
 from orderlab.order.paths import path
@@ -96,7 +95,7 @@ def test_a_pass_in_parts_changes_nothing(model: MaskedModel, monkeypatch: pytest
     whole = [unmask(model, CLASSES, "confidence", seeds=SEEDS, steps=5, guidance=guidance) for guidance in (1.0, 2.0)]
     rows, hidden = [], MaskedModel.hidden
     monkeypatch.setattr(MaskedModel, "hidden", lambda self, *a: rows.append(len(a[0])) or hidden(self, *a))
-    monkeypatch.setattr(backbone, "PART_BYTES", 3 * 16 * model.config.ffn_dim * 8)  # three rows in float64
+    monkeypatch.setattr(transformer, "PART_BYTES", 3 * 16 * model.config.ffn_dim * 8)  # three rows in float64
     parts = [unmask(model, CLASSES, "confidence", seeds=SEEDS, steps=5, guidance=guidance) for guidance in (1.0, 2.0)]
     assert all(torch.equal(a, b) for a, b in zip(whole, parts))
     assert rows == [3, 3, 2] * 5 + [3, 3, 3, 3, 3, 1] * 5
@@ -261,7 +260,7 @@ def test_a_model_whose_logits_are_nan_names_the_image_and_the_step(model: Masked
 
 def test_training_after_sampling_in_one_process() -> None:
     """A table kept from a pass without gradient must serve one with."""
-    trunk._kept_rope_table.cache_clear()
+    transformer._kept_rope_table.cache_clear()
     fresh = noisy_masked(CONFIG)
     unmask(fresh, CLASSES, "random", seeds=SEEDS, steps=2)
     fresh(CLASSES, torch.zeros(8, 16, dtype=torch.long), torch.ones(8, 16, dtype=torch.bool)).sum().backward()

@@ -5,10 +5,6 @@ softmax. A token is the first index whose cumulative probability exceeds its uni
 logits and one number, whatever the batch (a multinomial draw is slower at V = 16384 and its stream depends on the batch).
 """
 
-# B batch · T generation step · V codebook
-
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -17,8 +13,22 @@ from torch import Tensor
 
 from orderlab.config import UserError
 
+# B batch · T generation step · V codebook
+
 GUIDANCE_SCHEDULES = ("none", "linear", "power-cosine")
 POWER = 2.75  # of the power-cosine schedule: RAR-B's value (2411.00776, Table 6)
+
+
+def check_drawing(temperature: float, top_k: int, top_p: float) -> None:
+    """Refuse settings that leave no distribution."""
+    if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected temperature > 0, top_k >= 0, 0 < top_p <= 1")
+
+
+def image_uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """The first `count` uniforms of each image's own stream: float64 [B, count]."""
+    streams = (torch.Generator().manual_seed(int(seed)) for seed in seeds)
+    return torch.stack([torch.rand(count, dtype=torch.float64, generator=stream) for stream in streams])
 
 
 def guidance_scales(guidance: float, schedule: str, steps: int) -> list[float]:
@@ -55,18 +65,6 @@ def keep_top(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits_BV
 
 
-def image_uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """The first `count` uniforms of each image's own stream: float64 [B, count]."""
-    streams = (torch.Generator().manual_seed(int(seed)) for seed in seeds)
-    return torch.stack([torch.rand(count, dtype=torch.float64, generator=stream) for stream in streams])
-
-
-def check_drawing(temperature: float, top_k: int, top_p: float) -> None:
-    """Refuse settings that leave no distribution."""
-    if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected temperature > 0, top_k >= 0, 0 < top_p <= 1")
-
-
 class BadLogits(UserError):
     """Logits that are no distribution: `row` of `rows` at `step`, each from 0."""
 
@@ -81,23 +79,21 @@ class BadLogits(UserError):
 class Watch:
     """Notes for each row whether all its logits were numbers, on their device: nothing waits for it before `check`.
 
-    Both methods that note change tensors in place and take no number from the host, so that a CUDA graph can hold them.
+    `reset` and `note` change tensors in place and take no number from the host, so that a CUDA graph can hold them.
     """
 
     def __init__(self, rows: int, device: torch.device):
-        self.is_good_B = torch.ones(rows, dtype=torch.bool, device=device)
         self.good_steps_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.steps = torch.zeros((), dtype=torch.long, device=device)
 
     def reset(self) -> None:
-        self.is_good_B.fill_(True)
         self.good_steps_B.zero_()
         self.steps.zero_()
 
     def note(self, peak_X: Tensor) -> None:
         """Take the highest logit of each draw of a step, as many draws a row: finite where all are numbers and one is not -inf."""
-        self.is_good_B &= peak_X.isfinite().view(len(self.is_good_B), -1).all(1)
-        self.good_steps_B += self.is_good_B
+        is_finite_B = peak_X.isfinite().view(len(self.good_steps_B), -1).all(1)
+        self.good_steps_B += is_finite_B & (self.good_steps_B == self.steps)
         self.steps += 1
 
     def check(self) -> None:
@@ -109,12 +105,7 @@ class Watch:
 
 
 def draw_tokens(
-    logits_BV: Tensor,
-    uniform_B: Tensor | None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    watch: Watch | None = None,
+    logits_BV: Tensor, uniform_B: Tensor | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, watch: Watch | None = None
 ) -> Tensor:
     """One token per row [B]: the inverse CDF at `uniform_B` in [0, 1), or the argmax when it is None.
 

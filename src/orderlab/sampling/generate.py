@@ -6,12 +6,8 @@ image's own uniforms, so image 17 is image 17 whatever the batch, the sampler or
 to launch than to run. The plain loop is the reference on every device.
 """
 
-# B batch · R rows (B, or 2B under guidance: conditional, then null class) · P grid position · T generation step · V codebook
-
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,37 +20,13 @@ from orderlab.models.transformer import Backbone
 from orderlab.order.perm import as_batch, to_grid
 from orderlab.sampling.draw import Watch, check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
 
-Revise = Callable[[int, Tensor, Tensor], Tensor | None]
+# B batch · R rows (B, or 2B under guidance: conditional, then null class) · P grid position · T generation step · V codebook
 
-
-class Decoder(Protocol):
-    """Answers the logits [R, V] of the next step, given the tokens [R] of the step before (None at the first)."""
-
-    steps: int
-
-    def step(self, tokens_R: Tensor | None) -> Tensor: ...
-
-
-class FullForwardDecoder:
-    """The O(L²) sampler: the whole prefix through the model again at every step. The slow reference."""
-
-    def __init__(self, model: GPT, classes_R: Tensor, order_RT: Tensor, target: bool | None):
-        self.model, self.classes_R, self.order_RT, self.target = model, classes_R, order_RT, target
-        self.tokens_RT = torch.zeros_like(order_RT[:, :0])
-        self.steps = order_RT.shape[1]
-
-    def step(self, tokens_R: Tensor | None) -> Tensor:
-        if tokens_R is not None:
-            self.tokens_RT = torch.cat([self.tokens_RT, tokens_R[:, None]], dim=1)
-        slots = self.tokens_RT.shape[1] + 1
-        padded_RT = torch.cat([self.tokens_RT, torch.zeros_like(self.classes_R)[:, None]], dim=1)  # the last is never an input
-        parts = self.model.in_parts(slots, self.classes_R, padded_RT, self.order_RT[:, :slots])
-        return self.model.head(torch.cat([self.model.hidden(*part, target=self.target)[:, -1] for part in parts]))
-
-
-DECODERS: dict[str, Callable[..., Decoder]] = {"kv-cache-plain": CachedDecoder, "full-forward": FullForwardDecoder}
-SAMPLERS = ("kv-cache", "kv-cache-static", *DECODERS)
+Sampler = Literal["kv-cache", "kv-cache-static", "kv-cache-plain", "full-forward"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 CAPTURED_LENGTHS = 4  # a step over a quarter, half, three quarters or all of the cache
+Revise = Callable[[int, Tensor, Tensor], Tensor | None]
+"""(t, order_BT, tokens_BT) -> the order from step t on, or None to leave it. The first t tokens, in step space, are drawn."""
 
 
 class Drawing(NamedTuple):
@@ -81,7 +53,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     greedy: bool = False,
-    sampler: Literal["kv-cache", "kv-cache-static", "kv-cache-plain", "full-forward"] = "kv-cache",
+    sampler: Sampler = "kv-cache",
     target: bool | None = None,
     guidance_schedule: Literal["none", "linear", "power-cosine"] = "none",
     revise: Revise | None = None,
@@ -93,67 +65,93 @@ def generate(
     guidance on raw logits, uncond + s (cond - uncond), off at 1 or less; `top_k` 0 and `top_p` 1 keep everything;
     `target` feeds the target-aware embedding (None: as the model was configured). "kv-cache" costs one token per step for
     any order: on a GPU it is "kv-cache-static" (fixed shapes, each step the replay of a CUDA graph), elsewhere "kv-cache-plain"
-    (the cache grows); "full-forward" recomputes the prefix. All give the same tokens.
-    `revise(t, order_BT, tokens_BT)` is asked before each step for the order from there on, given the t tokens drawn so far in step
-    space; None leaves it. No argument is changed.
-    Raises `UserError` for arguments that do not fit the model.
+    (the cache grows); "full-forward" recomputes the prefix. All give the same tokens. `revise` is asked before each step
+    for the order from there on. No argument is changed. Raises `UserError` for arguments that do not fit the model.
     """
-    device = model.norm.weight.device
-    classes_B, uniforms_BT = _check(model, classes, seeds, temperature, top_k, top_p, sampler)
-    order_BT = as_batch(order, len(classes_B), model.config.positions).to(device, copy=True)
+    if not isinstance(model, GPT):
+        raise UserError(f"generate takes a causal GPT, not a {type(model).__name__}; a masked model generates with unmask")
+    if sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler '{sampler}'; expected one of {', '.join(SAMPLERS)}")
+    check_drawing(temperature, top_k, top_p)
+    classes_B, positions, device = check_images(model, classes, seeds), model.config.positions, model.norm.weight.device
+    uniforms_BT = image_uniforms(seeds, positions).to(device)
+    order_BT = as_batch(order, len(classes_B), positions).to(device, copy=True)
     is_guided = guidance > 1.0
     classes_R = torch.cat([classes_B, torch.full_like(classes_B, model.null_class)]) if is_guided else classes_B
-    order_RT = order_BT.repeat(2 if is_guided else 1, 1)
-    scales = guidance_scales(guidance, guidance_schedule, model.config.positions)
+    classes_R, order_RT = classes_R.to(device), order_BT.repeat(2 if is_guided else 1, 1)
+    scales = guidance_scales(guidance, guidance_schedule, positions)
     drawing = Drawing(temperature, top_k, top_p, greedy)
     before = None if revise is None else Revision(revise, order_BT, order_RT)
-    is_static = sampler == "kv-cache-static" or (sampler == "kv-cache" and device.type == "cuda")
     with model.evaluating():
-        if is_static:
-            loop = static_loop(model, classes_R.to(device), order_RT, target, drawing, len(classes_B))
-            tokens_BT = loop.run(model, uniforms_BT.to(device), scales, before)
+        if sampler == "kv-cache-static" or (sampler == "kv-cache" and device.type == "cuda"):
+            loop = static_loop(model, classes_R, order_RT, target, drawing, len(classes_B))
+            tokens_BT = loop.run(model, uniforms_BT, scales, before)
         else:
-            decoder = DECODERS["kv-cache-plain" if sampler == "kv-cache" else sampler](model, classes_R.to(device), order_RT, target)
-            tokens_BT = _decode(decoder, uniforms_BT.to(device), scales if is_guided else None, drawing, before)
+            decoder = (FullForwardDecoder if sampler == "full-forward" else CachedDecoder)(model, classes_R, order_RT, target)
+            tokens_BT = _plain_loop(decoder, uniforms_BT, scales if is_guided else None, drawing, before)
     return to_grid(tokens_BT, order_BT).to(torch.as_tensor(order).device)
 
 
-class Revision:
+def check_images(model: Backbone, classes: Tensor, seeds: Sequence[int]) -> Tensor:
+    """The classes [B], where the model knows them and each image has a seed."""
+    classes_B = torch.as_tensor(classes).long()
+    model.check_classes(classes_B)
+    if len(seeds) != len(classes_B):
+        raise UserError(f"{len(seeds)} seeds for {len(classes_B)} images; expected one seed per image")
+    return classes_B
+
+
+class Revision(NamedTuple):
     """Lets an order be chosen while an image is made: writes what `revise` answers into the orders that the decoder reads."""
 
-    def __init__(self, revise: Revise, order_BT: Tensor, order_RT: Tensor):
-        self.revise, self.order_BT, self.order_RT = revise, order_BT, order_RT
+    revise: Revise
+    order_BT: Tensor
+    order_RT: Tensor
 
-    def __call__(self, t: int, tokens_TB: list[Tensor]) -> None:
-        tokens_BT = torch.stack(tokens_TB, dim=1) if tokens_TB else self.order_BT[:, :0]
-        revised_BT = self.revise(t, self.order_BT, tokens_BT)
+    def __call__(self, t: int, tokens_BT: Tensor) -> None:
+        revised_BT = self.revise(t, self.order_BT, tokens_BT[:, :t].clone())
         if revised_BT is not None:
             self.order_BT.copy_(revised_BT)
             self.order_RT.copy_(revised_BT.repeat(len(self.order_RT) // len(revised_BT), 1))
 
 
-def _decode(decoder: Decoder, uniforms_BT: Tensor, scales: list[float] | None, drawing: Drawing, before: Revision | None = None) -> Tensor:
+class FullForwardDecoder:
+    """The O(L²) sampler: the whole prefix through the model again at every step. The slow reference."""
+
+    def __init__(self, model: GPT, classes_R: Tensor, order_RT: Tensor, target: bool | None):
+        self.model, self.classes_R, self.order_RT, self.target = model, classes_R, order_RT, target
+        self.tokens_RT = torch.zeros_like(order_RT[:, :0])
+
+    def step(self, tokens_R: Tensor | None) -> Tensor:
+        """The logits [R, V] of the next step, given the tokens [R] of the step before (None at the first)."""
+        if tokens_R is not None:
+            self.tokens_RT = torch.cat([self.tokens_RT, tokens_R[:, None]], dim=1)
+        slots = self.tokens_RT.shape[1] + 1
+        padded_RT = torch.cat([self.tokens_RT, torch.zeros_like(self.classes_R)[:, None]], dim=1)  # the last is never an input
+        parts = self.model.in_parts(slots, self.classes_R, padded_RT, self.order_RT[:, :slots])
+        return self.model.head(torch.cat([self.model.hidden(*part, target=self.target)[:, -1] for part in parts]))
+
+
+def _plain_loop(
+    decoder: CachedDecoder | FullForwardDecoder, uniforms_BT: Tensor, scales: list[float] | None, drawing: Drawing, before: Revision | None
+) -> Tensor:
     """Step through one generation: tokens [B, T] in step space. `scales` is None without guidance."""
-    tokens_TB: list[Tensor] = []
-    tokens_R = watch = None
-    for t in range(decoder.steps):
+    tokens_BT = torch.zeros_like(uniforms_BT, dtype=torch.long)
+    tokens_R, watch = None, Watch(len(tokens_BT), tokens_BT.device)
+    for t in range(tokens_BT.shape[1]):
         if before is not None:
-            before(t, tokens_TB)
+            before(t, tokens_BT)
         logits_BV = decoder.step(tokens_R)
         if scales is not None:
-            conditional_BV, unconditional_BV = logits_BV.chunk(2)
-            logits_BV = guide(conditional_BV, unconditional_BV, scales[t])
-        watch = watch or Watch(len(logits_BV), logits_BV.device)
-        tokens_B = drawing.draw(logits_BV, uniforms_BT[:, t], watch)
-        tokens_TB.append(tokens_B)
+            logits_BV = guide(*logits_BV.chunk(2), scale=scales[t])
+        tokens_BT[:, t] = tokens_B = drawing.draw(logits_BV, uniforms_BT[:, t], watch)
         tokens_R = tokens_B if scales is None else tokens_B.repeat(2)
-    if watch is not None:
-        watch.check()
-    return torch.stack(tokens_TB, dim=1)
+    watch.check()
+    return tokens_BT
 
 
 class StaticLoop:
-    """The same in fixed shapes: all that a step reads or writes stays where it is, so a step is one replay of a CUDA graph.
+    """The plain loop in fixed shapes: all that a step reads or writes stays where it is, so a step is one replay of a CUDA graph.
 
     One graph is captured for each of a few lengths of the cache. Elsewhere than on a GPU the step runs as it is.
     """
@@ -179,7 +177,7 @@ class StaticLoop:
         self.slot.zero_()
         for t in range(self.positions):
             if before is not None:
-                before(t, list(self.tokens_BT[:, :t].unbind(1)))
+                before(t, self.tokens_BT)
                 self.decoder.order_RT.copy_(before.order_RT)
             live = self._live(t)
             if self.graphs:
@@ -193,8 +191,7 @@ class StaticLoop:
         """One step: logits, guidance, draw; the token is written and the slot moves on."""
         logits_BV = self.decoder.step(model, self.tokens_R, self.slot, live)
         if self.is_guided:
-            conditional_BV, unconditional_BV = logits_BV.chunk(2)
-            logits_BV = guide(conditional_BV, unconditional_BV, self.scales_T.index_select(0, self.slot))
+            logits_BV = guide(*logits_BV.chunk(2), scale=self.scales_T.index_select(0, self.slot))
         tokens_B = self.drawing.draw(logits_BV, self.uniforms_BT.index_select(1, self.slot)[:, 0], self.watch)
         self.tokens_BT.index_copy_(1, self.slot, tokens_B[:, None])
         self.tokens_R.copy_(tokens_B.repeat(2) if self.is_guided else tokens_B)
@@ -234,24 +231,3 @@ def static_loop(model: GPT, classes_R: Tensor, order_RT: Tensor, target: bool | 
     loop = _loops[model][1]
     loop.decoder.begin(model, classes_R, order_RT)
     return loop
-
-
-def _check(
-    model: GPT, classes: Tensor, seeds: Sequence[int], temperature: float, top_k: int, top_p: float, sampler: str
-) -> tuple[Tensor, Tensor]:
-    """Refuse what does not fit; returns the classes [B] and one uniform per (image, step) [B, T]."""
-    if not isinstance(model, GPT):
-        raise UserError(f"generate takes a causal GPT, not a {type(model).__name__}; a masked model generates with unmask")
-    if sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler '{sampler}'; expected one of {', '.join(SAMPLERS)}")
-    check_drawing(temperature, top_k, top_p)
-    return check_images(model, classes, seeds), image_uniforms(seeds, model.config.positions)
-
-
-def check_images(model: Backbone, classes: Tensor, seeds: Sequence[int]) -> Tensor:
-    """The classes [B], where the model knows them and each image has a seed."""
-    classes_B = torch.as_tensor(classes).long()
-    model.check_classes(classes_B)
-    if len(seeds) != len(classes_B):
-        raise UserError(f"{len(seeds)} seeds for {len(classes_B)} images; expected one seed per image")
-    return classes_B

@@ -7,14 +7,9 @@ candidates in raster or random orders, chosen alike, since choosing among eight 
 Everything runs on the KV cache, all candidates as one batch; `sampler="full-forward"` is the slow reference.
 """
 
-# B batch · N candidates of an image · P grid position · T generation step
-
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,12 +21,13 @@ from orderlab.order.perm import highest, in_two_groups, random_orders, remaining
 from orderlab.runtime.dist import generator, key
 from orderlab.sampling.generate import generate
 
+# B batch · N candidates of an image, or of all images · P grid position · T generation step
+
 Rescore = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(tokens_BP, classes_B, order_BT) -> a value for each image, the higher the better."""
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(NamedTuple):
     """Images and how they were made."""
 
     tokens_BP: Tensor
@@ -54,21 +50,14 @@ def normalised_scores(model: OrderedGPT, classes_B: Tensor, tokens_BP: Tensor) -
     return _checked(normalise(model.scores(classes_B.to(device), tokens_BP.to(device))).cpu(), "the OrderHead's scores")
 
 
-def _checked(values_NX: Tensor, name: str) -> Tensor:
+def _checked(values_BX: Tensor, name: str) -> Tensor:
     """Values on the CPU that images are ordered or chosen by; NaN would do so without a word."""
-    is_bad_N = ~values_NX.isfinite().flatten(1).all(1)
-    if is_bad_N.any():
+    is_bad_B = ~values_BX.isfinite().flatten(1).all(1)
+    if is_bad_B.any():
         raise UserError(
-            f"{name} of image {int(is_bad_N.nonzero()[0])} of the batch are not numbers: the run's weights are damaged or diverged"
+            f"{name} of image {int(is_bad_B.nonzero()[0])} of the batch are not numbers: the run's weights are damaged or diverged"
         )
-    return values_NX
-
-
-def fast(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], **options: Any) -> Made:
-    """One image in the order of its draft's scores."""
-    drafts_BP, scores_BP = draft(model, classes_B, seeds, options)
-    order_BT = in_two_groups(highest(scores_BP, model.task.first))
-    return Made(generate(model.gpt, classes_B, order_BT, seeds=seeds, target=model.target, **options), order_BT, drafts_BP)
+    return values_BX
 
 
 def semifast(
@@ -82,7 +71,7 @@ def semifast(
     noise_NP = torch.cat([gumbel(scores_BP.shape[1], seed, c) for seed in seeds for c in range(candidates)])
     order_NT = in_two_groups(highest(scores_BP.repeat_interleave(candidates, 0) + noise_NP, model.task.first))
     made = best_of(model.gpt, classes_B, seeds, order_NT, candidates, rescore, target=model.target, **options)
-    return Made(made.tokens_BP, made.order_BT, drafts_BP)
+    return made._replace(drafts_BP=drafts_BP)
 
 
 def gumbel(positions: int, seed: int, candidate: int) -> Tensor:
@@ -105,7 +94,7 @@ def best_of(
     classes_N = classes_B.repeat_interleave(candidates)
     candidate_seeds = [key("candidate", seed, c) for seed in seeds for c in range(candidates)]
     tokens_NP = generate(model, classes_N, order_NT, seeds=candidate_seeds, target=target, **options)
-    rescore = rescore or LogLikelihood(model, target)
+    rescore = rescore or partial(log_likelihood, model, target)
     values_BN = _checked(rescore(tokens_NP, classes_N, order_NT).cpu().view(-1, candidates), "the values of candidates")
     chosen_B = values_BN.argmax(1) + candidates * torch.arange(len(classes_B))
     return Made(tokens_NP[chosen_B], order_NT[chosen_B])
@@ -116,18 +105,20 @@ def shuffled(positions: int, seeds: Sequence[int], candidates: int = 1) -> Tenso
     return torch.cat([random_orders(1, positions, generator("candidate-order", seed, c)) for seed in seeds for c in range(candidates)])
 
 
-class LogLikelihood:
+@torch.inference_mode()
+def log_likelihood(model: GPT, target: bool | None, tokens_BP: Tensor, classes_B: Tensor, order_BT: Tensor) -> Tensor:
     """The mean conditional log-probability of an image's own tokens under its own order, without guidance, at temperature 1."""
+    device = model.norm.weight.device
+    classes_B, tokens_BT, order_BT = classes_B.to(device), to_steps(tokens_BP, order_BT).to(device), order_BT.to(device)
+    with model.evaluating():
+        return -model.token_nll(partial(model, target=target), tokens_BT, classes_B, tokens_BT, order_BT).mean(1)
 
-    def __init__(self, model: GPT, target: bool | None):
-        self.model, self.target = model, target
 
-    @torch.inference_mode()
-    def __call__(self, tokens_BP: Tensor, classes_B: Tensor, order_BT: Tensor) -> Tensor:
-        device = self.model.norm.weight.device
-        classes_B, tokens_BT, order_BT = classes_B.to(device), to_steps(tokens_BP, order_BT).to(device), order_BT.to(device)
-        with self.model.evaluating():
-            return -self.model.token_nll(partial(self.model, target=self.target), tokens_BT, classes_B, tokens_BT, order_BT).mean(1)
+def fast(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], **options: Any) -> Made:
+    """One image in the order of its draft's scores."""
+    drafts_BP, scores_BP = draft(model, classes_B, seeds, options)
+    order_BT = in_two_groups(highest(scores_BP, model.task.first))
+    return Made(generate(model.gpt, classes_B, order_BT, seeds=seeds, target=model.target, **options), order_BT, drafts_BP)
 
 
 def phases(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], count: int = 8, **options: Any) -> Made:
@@ -140,18 +131,16 @@ def phases(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], count: in
         raise UserError(f"{count} phases for {positions} tokens; expected 1 to {positions}")
     drafts_BP, scores_BP = draft(model, classes_B, seeds, options)
     bounds = [round(positions * phase / count) for phase in range(count + 1)]
-    orders: list[Tensor] = []
+    start_BT = torch.arange(positions).expand(len(classes_B), -1)
+    orders = [start_BT]
 
     def revise(t: int, order_BT: Tensor, tokens_BT: Tensor) -> Tensor | None:
         if t not in bounds:
             return None
-        order_BT = order_BT.cpu()
-        now_BP = normalised_scores(model, classes_B, canvas(drafts_BP, tokens_BT.cpu(), order_BT)) if t else scores_BP
-        revised_BT = remaining_by_score(order_BT, t, bounds[bounds.index(t) + 1], now_BP)
-        orders.append(revised_BT)
-        return revised_BT.to(order_BT.device)
+        now_BP = normalised_scores(model, classes_B, canvas(drafts_BP, tokens_BT.cpu(), orders[-1])) if t else scores_BP
+        orders.append(remaining_by_score(orders[-1], t, bounds[bounds.index(t) + 1], now_BP))
+        return orders[-1].to(order_BT.device)
 
-    start_BT = torch.arange(positions).expand(len(classes_B), -1)
     tokens_BP = generate(model.gpt, classes_B, start_BT, seeds=seeds, target=model.target, revise=revise, **options)
     return Made(tokens_BP, orders[-1], drafts_BP)
 
