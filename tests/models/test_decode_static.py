@@ -168,18 +168,6 @@ def test_a_loop_goes_with_its_model() -> None:
     assert len(_loops) == before - 1
 
 
-def test_on_a_gpu_blocks_are_compiled_once_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights here only say that they lie on a GPU."""
-    options = []
-    monkeypatch.setattr(torch, "compile", lambda function, **given: options.append(given) or function)
-    gpt = model(torch.float32)
-    assert StaticDecoder(gpt, 2, None).block is block_step
-    assert options == []
-    gpt.norm.weight = torch.nn.Parameter(gpt.norm.weight.detach().as_subclass(OnGPU))
-    StaticDecoder(gpt, 2, None)
-    assert options == [{"dynamic": False}]
-
-
 def test_weights_that_moved_or_changed_are_seen() -> None:
     gpt = model()
     arguments, options = (gpt, torch.tensor([1, 2]), path("raster", 4, 4)), {"seeds": [0, 1], "guidance": 2.0}

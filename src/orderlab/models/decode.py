@@ -20,10 +20,12 @@ from orderlab.models.transformer import Attention, Block, rotate
 # R rows (images, twice that under guidance) · T generation step (slot) · S class slot and grid positions · L live slots
 # D width · H heads · K head dim · V codebook
 
+Parts = tuple[Tensor, Tensor, Tensor]
+"""The residual stream before a block, what its attention adds, and what its feed-forward adds: three [R, D] whose sum goes on.
+
+Handed on unsummed, the sums become a part of the norms' passes; summed at once, the compiler copies x to add a product to it.
+"""
 FLEX_ROWS = 16  # from which FlexAttention's decoding kernel is faster than plain products, measured on an H200
-
-
-# ---- What is fed at a slot ----
 
 
 def slot_input(model: GPT, classes_R: Tensor, tokens_R: Tensor, order_RT: Tensor, slot: Tensor, target: bool | None) -> Tensor:
@@ -54,9 +56,6 @@ def new_cache(model: GPT, rows: int) -> tuple[list[Tensor], list[Tensor]]:
 
 def blocks_of(model: GPT) -> list[Block]:
     return [block for block in model.layers if isinstance(block, Block)]
-
-
-# ---- The plain decoder ----
 
 
 class CachedDecoder:
@@ -109,15 +108,6 @@ def product(linear: nn.Linear, x_RD: Tensor) -> Tensor:
     if x_RD.dtype.itemsize < 4:
         return linear(x_RD)
     return torch.mm(linear.weight, x_RD.t()).t().contiguous()
-
-
-# ---- The decoder of fixed shapes ----
-
-Parts = tuple[Tensor, Tensor, Tensor]
-"""The residual stream before a block, what its attention adds, and what its feed-forward adds: three [R, D] whose sum goes on.
-
-Handed on unsummed, the sums become a part of the norms' passes; summed at once, the compiler copies x to add a product to it.
-"""
 
 
 class StaticDecoder:

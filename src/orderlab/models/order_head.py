@@ -68,12 +68,9 @@ def normalise(scores_BP: Tensor) -> Tensor:
 class Split:
     """A binary split of the grid, per image: which positions come first, and how softly the scores say so."""
 
-    order_BT: Tensor
-    """First group in raster order, then the second in raster order."""
-    is_second_BP: Tensor
-    """The hard mask, 0.0 or 1.0."""
-    soft_BP: Tensor
-    """sigmoid((threshold - score) / temperature) on normalised scores."""
+    order_BT: Tensor  # the first group in raster order, then the second in raster order
+    is_second_BP: Tensor  # the hard mask, 0.0 or 1.0
+    soft_BP: Tensor  # sigmoid((threshold - score) / temperature) on normalised scores
 
     @property
     def mask_BP(self) -> Tensor:
@@ -122,12 +119,9 @@ class Ordered(NamedTuple):
 
     scores_BP: Tensor
     split: Split
-    order_BT: Tensor
-    """The order each image takes: its split's, or raster."""
-    tokens_BT: Tensor
-    """The images in their orders."""
-    logits_BTV: Tensor | None
-    """logits[:, t] predict tokens[:, t], with no shift between them; None where no second pass was asked for."""
+    order_BT: Tensor  # the order each image takes: its split's, or raster
+    tokens_BT: Tensor  # the images in their orders
+    logits_BTV: Tensor | None  # logits[:, t] predict tokens[:, t], with no shift; None where no second pass was asked for
 
 
 class OrderedGPT(nn.Module):

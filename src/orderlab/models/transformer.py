@@ -23,9 +23,6 @@ LOGITS = 2**26  # in fp32 at a time, where only what they say of one token is ke
 PART_BYTES = 2**23  # of the widest intermediate of a pass on the CPU
 
 
-# ---- The trunk: x + attention(norm(x)), then x + feed_forward(norm(x)) ----
-
-
 @torch.compiler.assume_constant_result  # a compiled step holds the table, it does not compute it
 def rope_table(grid: tuple[int, int], head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(cos, sin) of the 2-D rotary embedding: [1 + P, K/2, 2]; row 0 belongs to the class token.
@@ -120,9 +117,6 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, rope_BTK2: Tensor, is_causal: bool = True) -> Tensor:
         h = x_BTD + self.attention(self.attention_norm(x_BTD), rope_BTK2, is_causal)
         return h + self.feed_forward(self.ffn_norm(h))
-
-
-# ---- What the causal GPT and the masked model share ----
 
 
 class ClassEmbedding(nn.Module):
@@ -235,9 +229,6 @@ def init_weights(model: nn.Module, generator: torch.Generator, zeros: Sequence[s
             parameter.fill_(1.0)
 
 
-# ---- ViT: bidirectional, with biases; a model of these blocks sees the set of tokens it is given, whatever that set is ----
-
-
 class SelfAttention(nn.Module):
     """Bidirectional multi-head attention; q, k and v in one matrix with a bias."""
 
@@ -262,7 +253,7 @@ class SelfAttention(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): it sees the set of tokens it is given, whatever that set is."""
 
     def __init__(self, dim: int, heads: int, mlp_dim: int):
         super().__init__()

@@ -27,23 +27,14 @@ class VQConfig(Frozen):
     """Sizes of a tokenizer; the defaults are LlamaGen's VQ-16."""
 
     in_channels: int = Field(default=3, ge=1)
-    """image channels"""
-    ch: int = Field(default=128, ge=1)
-    """channels of the first level"""
-    ch_mult: tuple[int, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1, max_length=8)
-    """channels of each level as multiples of `ch`; each level but the last halves the resolution"""
-    res_blocks: int = Field(default=2, ge=1, le=64)
-    """residual blocks a level in the encoder; the decoder has one more"""
-    z_channels: int = Field(default=256, ge=1)
-    """channels between encoder and codebook"""
-    codebook_size: int = Field(default=16384, ge=2)
-    """number of codes, V"""
-    codebook_dim: int = Field(default=8, ge=1)
-    """width of a code, D"""
-    groups: int = Field(default=32, ge=1)
-    """groups of every group norm; must divide every level's channels"""
-    commitment: float = Field(default=0.25, ge=0)
-    """weight of the commitment loss in training"""
+    ch: int = Field(default=128, ge=1)  # channels of the first level
+    ch_mult: tuple[int, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1, max_length=8)  # of `ch`; a level halves the resolution
+    res_blocks: int = Field(default=2, ge=1, le=64)  # residual blocks a level in the encoder; the decoder has one more
+    z_channels: int = Field(default=256, ge=1)  # channels between encoder and codebook
+    codebook_size: int = Field(default=16384, ge=2)  # V
+    codebook_dim: int = Field(default=8, ge=1)  # D
+    groups: int = Field(default=32, ge=1)  # of every group norm; must divide every level's channels
+    commitment: float = Field(default=0.25, ge=0)  # weight of the commitment loss in training
 
     @model_validator(mode="after")
     def _groups_divide_channels(self) -> Self:
@@ -58,7 +49,7 @@ class VQConfig(Frozen):
 
     @property
     def downsampling(self) -> int:
-        """Pixels along the side of a token."""
+        """Pixels along the side of a token: every level but the last halves the resolution."""
         return 2 ** (len(self.ch_mult) - 1)
 
 
@@ -69,9 +60,6 @@ PRESETS: dict[str, VQConfig] = {
     "fashion-8x8": VQConfig(in_channels=1, ch=16, ch_mult=(1, 2, 4), res_blocks=1, z_channels=64, codebook_size=512, groups=8),
     "fashion-16x16": VQConfig(in_channels=1, ch=32, ch_mult=(1, 2), res_blocks=1, z_channels=64, codebook_size=512, groups=8),
 }
-
-
-# ---- Encoder and decoder: every block maps [B,C,H,W] to [B,C',H',W'] ----
 
 
 class ResnetBlock(nn.Module):
@@ -135,50 +123,34 @@ class Level(nn.Module):
         return x if resample is None else resample(x)
 
 
-class Encoder(nn.Module):
-    """[B,in_channels,H,W] -> [B,z_channels,h,w]."""
+class Coder(nn.Module):
+    """The encoder [B,in_channels,H,W] -> [B,z_channels,h,w], or the decoder back; the middle blocks stand at the lowest resolution."""
 
-    def __init__(self, config: VQConfig):
+    def __init__(self, config: VQConfig, is_encoder: bool):
         super().__init__()
-        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
-        self.conv_blocks = _levels([config.ch, *config.widths], config.res_blocks, config.groups, "down", lowest=len(config.widths) - 1)
-        self.mid = _middle(config.widths[-1], config.groups)
-        self.norm_out = nn.GroupNorm(config.groups, config.widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(config.widths[-1], config.z_channels, 3, padding=1)
+        self.is_encoder, groups = is_encoder, config.groups
+        widths = config.widths if is_encoder else config.widths[::-1]
+        first = config.ch if is_encoder else widths[0]
+        self.conv_in = nn.Conv2d(config.in_channels if is_encoder else config.z_channels, first, 3, padding=1)
+        if not is_encoder:
+            self.mid = _middle(first, groups)
+        steps = list(pairwise([first, *widths]))
+        last, blocks = len(steps) - 1, config.res_blocks + (not is_encoder)
+        lowest, to = (last, "down") if is_encoder else (0, "up")
+        self.conv_blocks = nn.ModuleList(
+            Level(before, after, blocks, groups, has_attention=i == lowest, to=to if i < last else None)
+            for i, (before, after) in enumerate(steps)
+        )
+        if is_encoder:
+            self.mid = _middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels if is_encoder else config.in_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for layer in (*self.conv_blocks, *self.mid):
+        for layer in (*self.conv_blocks, *self.mid) if self.is_encoder else (*self.mid, *self.conv_blocks):
             x = layer(x)
         return self.conv_out(F.silu(self.norm_out(x)))
-
-
-class Decoder(nn.Module):
-    """[B,z_channels,h,w] -> [B,in_channels,H,W]."""
-
-    def __init__(self, config: VQConfig):
-        super().__init__()
-        widths = config.widths[::-1]
-        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
-        self.mid = _middle(widths[0], config.groups)
-        self.conv_blocks = _levels([widths[0], *widths], config.res_blocks + 1, config.groups, "up", lowest=0)
-        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for layer in (*self.mid, *self.conv_blocks):
-            x = layer(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-def _levels(channels: list[int], blocks: int, groups: int, to: Literal["up", "down"], lowest: int) -> nn.ModuleList:
-    """A level for each step of `channels`; every one but the last changes the resolution, the `lowest` has attention."""
-    steps = list(pairwise(channels))
-    return nn.ModuleList(
-        Level(before, after, blocks, groups, has_attention=i == lowest, to=to if i < len(steps) - 1 else None)
-        for i, (before, after) in enumerate(steps)
-    )
 
 
 def _middle(channels: int, groups: int) -> nn.ModuleList:
@@ -186,18 +158,12 @@ def _middle(channels: int, groups: int) -> nn.ModuleList:
     return nn.ModuleList([before, attention, ResnetBlock(channels, channels, groups)])
 
 
-# ---- Codebook ----
-
-
 class Quantised(NamedTuple):
     """What the codebook makes of a grid of vectors."""
 
-    latents: Tensor
-    """[B,D,h,w] unit codebook rows; the gradient passes straight through to the encoder"""
-    codes: Tensor
-    """[B,h*w] int64, row by row"""
-    loss: Tensor
-    """codebook loss plus weighted commitment loss"""
+    latents: Tensor  # [B,D,h,w] unit codebook rows; the gradient passes straight through to the encoder
+    codes: Tensor  # [B,P] int64, row by row
+    loss: Tensor  # codebook loss plus weighted commitment loss
 
 
 class Codebook(nn.Module):
@@ -236,8 +202,8 @@ class VQ(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Coder(config, is_encoder=True)
+        self.decoder = Coder(config, is_encoder=False)
         self.quantize = Codebook(config.codebook_size, config.codebook_dim, config.commitment)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)

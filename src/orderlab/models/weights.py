@@ -60,9 +60,6 @@ log = logging.getLogger("orderlab")
 Module = TypeVar("Module", bound=nn.Module)
 
 
-# ---- Tensors of any file ----
-
-
 def split_part(name: str | Path) -> tuple[Path, str | None]:
     """`FILE#ema` names one of several sets of weights in a training file: (FILE, "ema"); (FILE, None) without such an end."""
     base, mark, part = str(name).rpartition("#")

@@ -31,10 +31,8 @@ class Made(NamedTuple):
     """Images and how they were made."""
 
     tokens_BP: Tensor
-    order_BT: Tensor | None = None
-    """The order each was made in; None for sets of tokens at a time."""
-    drafts_BP: Tensor | None = None
-    """The raster images whose states were scored."""
+    order_BT: Tensor | None = None  # the order each was made in; None for sets of tokens at a time
+    drafts_BP: Tensor | None = None  # the raster images whose states were scored
 
 
 def draft(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
