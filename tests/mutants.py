@@ -85,7 +85,7 @@ TRAINING = [
            "config.batch / int(is_masked_BP.sum())", "1 / config.model.positions"),
     Mutant("visible tokens counted in the masked loss", "training/objectives.py", "training/test_masked.py::test_parts_of_a_batch_add_up_to_the_mean_over_its_masked_tokens",
            "nll_BP * batch.is_masked_BP * batch.weight_B", "nll_BP * batch.weight_B"),
-    Mutant("masks uniform where arccos is asked", "order/policy.py", "order/test_masks.py::test_counts_have_the_mean_of_their_distribution",
+    Mutant("masks uniform where arccos is asked", "order/policy.py", "order/test_policy.py::test_counts_have_the_mean_of_their_distribution",
            "(uniform_B.acos() / (math.pi / 2) * positions)", "(uniform_B * positions)"),
     Mutant("oracle always shown everything", "training/oracle.py", "training/test_oracle.py::test_patchdrop_shows_one_share_a_batch_and_a_subset_an_image",
            "random_orders(config.batch, positions, keyed)[:, : shown_count(share, positions)]", "random_orders(config.batch, positions, keyed)"),
@@ -168,7 +168,7 @@ ORDER_HEAD = [
     Mutant("frozen body trains", "models/order_head.py", "training/test_order_head.py::test_it_starts_from_a_gpt_or_from_one_with_an_order_head",
            "self.gpt.requires_grad_(False)", "pass"),
 ]
-# NOTE: decode.py and decode_static.py hold what a GPU's fast path is; re-point these when the path moves.
+# NOTE: decode.py holds what a GPU's fast path is; re-point these when the path moves.
 DECODERS = [
     Mutant("rotation of the cache off by one", "models/decode.py", "models/test_decode.py::test_decoder_equals_full_forward_for_few_and_many_rows[3]",
            "before_R + 1)", "before_R)"),

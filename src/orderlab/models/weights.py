@@ -262,12 +262,10 @@ def _gpt(
 ) -> GPT:
     if weights.dropped:
         log.info("%s: dropped %d entries that are no weights (%s, ...)", file, len(weights.dropped), weights.dropped[0])
-    if "orderlab.model" in weights.header:
-        config = _config(weights, file)
-    else:
-        config = _config_from_shapes(weights, file, heads, grid, classes)
-        if grid is None:
-            check_grid(weights, config.grid, file, f"give --grid {'x'.join(map(str, (weights.told_grid or (config.grid,))[0]))}")
+    has_config = "orderlab.model" in weights.header
+    config = _config(weights, file) if has_config else _config_from_shapes(weights, file, heads, grid, classes)
+    if grid is None:
+        check_grid(weights, config.grid, file, f"give --grid {'x'.join(map(str, (weights.told_grid or (config.grid,))[0]))}")
     return filled(lambda: GPT(config, device="meta"), weights.tensors, file)
 
 

@@ -18,6 +18,7 @@ from orderlab.order.perm import first_steps, random_orders
 
 # B batch · P grid position · T generation step
 
+_cached_path = lru_cache(maxsize=8)(torch.inference_mode(False)(path))  # what is kept must serve training too
 MAR_MEAN, MAR_DEVIATION, MAR_LEAST = 1.0, 0.25, 0.7
 
 
@@ -45,12 +46,6 @@ def draw_orders(policy: OrderPolicy, grid: tuple[int, int], count: int, progress
     is_random_B = torch.rand(count, generator=generator) < ratio
     orders_BT = random_orders(count, positions, generator)
     return torch.where(is_random_B[:, None], orders_BT, base_T), is_random_B
-
-
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what is kept must serve training too
-def _cached_path(name: str, height: int, width: int) -> Tensor:
-    return path(name, height, width)
 
 
 def draw_masks(ratio: str, count: int, positions: int, generator: Generator) -> Tensor:

@@ -51,20 +51,6 @@ def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float | Tenso
     return torch.lerp(unconditional_BV, conditional_BV, scale)
 
 
-def keep_top(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set to -inf what top-k (ties at the k-th stay) and then top-p (the first is always kept) remove."""
-    if 0 < top_k < logits_BV.shape[-1]:
-        kth_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
-    if top_p < 1.0:
-        sorted_BV, index_BV = logits_BV.sort(dim=-1, descending=True)
-        probability_BV = sorted_BV.softmax(-1)
-        preceding_BV = probability_BV.cumsum(-1) - probability_BV
-        remove_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(-1, index_BV, preceding_BV > top_p)
-        logits_BV = logits_BV.masked_fill(remove_BV, -torch.inf)
-    return logits_BV
-
-
 class BadLogits(UserError):
     """Logits that are no distribution: `row` of `rows` at `step`, each from 0."""
 
@@ -102,6 +88,20 @@ class Watch:
         good_steps_B = self.good_steps_B.cpu()
         if rows and int(good_steps_B.min()) < steps:
             raise BadLogits(int(good_steps_B.argmin()), rows, int(good_steps_B.min()))
+
+
+def keep_top(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set to -inf what top-k (ties at the k-th stay) and then top-p (the first is always kept) remove."""
+    if 0 < top_k < logits_BV.shape[-1]:
+        kth_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
+    if top_p < 1.0:
+        sorted_BV, index_BV = logits_BV.sort(dim=-1, descending=True)
+        probability_BV = sorted_BV.softmax(-1)
+        preceding_BV = probability_BV.cumsum(-1) - probability_BV
+        remove_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(-1, index_BV, preceding_BV > top_p)
+        logits_BV = logits_BV.masked_fill(remove_BV, -torch.inf)
+    return logits_BV
 
 
 def draw_tokens(
