@@ -153,7 +153,7 @@ def test_stored_items_are_decoded_to_a_picture(image_tree: Path, small_vq: Path,
     (tmp_path / "tokens/meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="one item or more"):
         picture(token_set, tmp_path / "p.png", 0, str(small_vq))
-    with pytest.raises(UserError, match="name the right file with --tokenizer"):
+    with pytest.raises(UserError, match="or name the right weight file"):
         picture(TokenSet(tmp_path / "tokens"), tmp_path / "p.png", 3, "fashion-8x8")
     with pytest.raises(UserError, match="unknown tokenizer"):
         picture(token_set, tmp_path / "p.png", 3)  # meta.json holds the file's name, not its place

@@ -19,8 +19,7 @@ from scipy.io import savemat
 
 from orderlab.config import UserError
 from orderlab.data.images import Crops, center_crop, five_crop, list_images, read_labels
-from orderlab.data.prepare import tokenizer
-from orderlab.data.tokenize import TokenizeConfig, Work, _begin, _settings, run
+from orderlab.data.tokenize import TokenizeConfig, Work, run
 from orderlab.data.tokens import TokenSet
 from orderlab.models.vq import load_vq
 from tests.conftest import WORDNET_IDS
@@ -76,7 +75,7 @@ def in_process(
 
 def begin(settings: TokenizeConfig) -> None:
     """List the images and make room for their codes, no more."""
-    _begin(Work(settings.out), settings, _settings(settings, tokenizer(settings.tokenizer)))
+    Work(settings).begin()
 
 
 def test_codes_are_those_of_each_image_alone(whole: Path, image_tree: Path, small_vq: Path) -> None:
