@@ -62,9 +62,6 @@ class Frozen(BaseModel):
         return type(self).model_validate({**self.model_dump(), **changes})
 
 
-# What is trained: the tagged union `RunConfig.task`, and the parts of its models
-
-
 def _heads_divide(sizes: Any) -> Any:
     if sizes.dim % sizes.heads:
         raise ValueError(f"dim {sizes.dim} does not divide over {sizes.heads} heads")
@@ -187,9 +184,6 @@ class OrderHeadTask(Frozen):
 
 
 Task = Annotated[AutoregressiveTask | MaskedTask | OracleTask | OrderHeadTask, Field(discriminator="kind")]
-
-
-# Orders, sizes, data, optimizer
 
 
 class FixedOrder(Frozen):
@@ -404,9 +398,6 @@ class RunConfig(Frozen):
         if isinstance(self.task, OrderHeadTask):
             found += [self.task.oracle.run if self.task.oracle else None, self.task.baseline]
         return [run for run in dict.fromkeys(found) if run is not None]
-
-
-# How images are generated
 
 
 class SampleConfig(Frozen):

@@ -121,7 +121,7 @@ def test_foreign_faults_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"4\.npy does not exist"):
         import_tokens(folder, tmp_path / "out", META)
     with pytest.raises(UserError, match="is no token folder"):
-        import_tokens(tmp_path, tmp_path / "out", META)
+        import_tokens(tmp_path, tmp_path.with_name("elsewhere"), META)
 
 
 def test_check_counts_and_finds(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,112 +41,90 @@ CHUNK = 65536  # images at a time
 Item = tuple[int, np.ndarray]
 
 
-class Source(ABC):
+@dataclass(frozen=True)
+class Source:
     """A foreign token folder or file: how many images it has, and (label, codes [X, P]) of each."""
 
     kind: str
+    count: int
+    items: Callable[[], Iterator[Item]]
     class_names: ClassNames | None = None
-    """what the labels number, where the format says so"""
-    padded = 0
-    """copies that are left out"""
-
-    def __init__(self, path: Path, positions: int):
-        self.path, self.positions = path, positions
-
-    @abstractmethod
-    def count(self) -> int: ...
-
-    @abstractmethod
-    def items(self) -> Iterator[Item]: ...
-
-    def codes_of(self, array: Any, place: object) -> np.ndarray:
-        """Codes of one image as [views, P]: the last axis is the grid, whatever else there is are views."""
-        with reading(place, ADVICE):
-            codes = np.asarray(array)
-        if codes.dtype.kind not in "iu" or codes.size == 0 or codes.ndim == 0 or codes.shape[-1] != self.positions:
-            side = round(codes.shape[-1] ** 0.5) if codes.ndim and codes.dtype.kind in "iu" else 0
-            is_square = 1 < side <= MOST_SIDE and side * side == codes.shape[-1]
-            advice = f" or with --grid {side}x{side}, if that is theirs" if is_square else ""
-            raise UserError(
-                f"{place} holds {codes.dtype} {list(codes.shape)}; expected integer codes whose last axis has the {self.positions} positions "
-                f"of --grid{advice}"
-            )
-        codes_XP = codes.reshape(-1, self.positions)
-        check_below(codes_XP, 2**16, place, ADVICE)
-        return codes_XP
+    """What the labels number, where the format says so."""
+    padded: int = 0
+    """Copies that are left out."""
 
 
-class LlamaGen(Source):
-    kind = "LlamaGen"
+def _llamagen(path: Path, positions: int) -> Source:
+    folders = _folders(path, "*_codes")
+    if len(folders) != 1 or not (labels := path / folders[0].name.replace("_codes", "_labels")).is_dir():
+        expected = "expected one, such as imagenet256_codes, with its imagenet256_labels beside it"
+        raise UserError(f"{path} has {len(folders)} folders *_codes; {expected}")
 
-    def __init__(self, path: Path, positions: int):
-        super().__init__(path, positions)
-        folders = _folders(path, "*_codes")
-        if len(folders) != 1 or not (labels := path / folders[0].name.replace("_codes", "_labels")).is_dir():
-            raise UserError(
-                f"{path} has {len(folders)} folders *_codes; expected one, such as imagenet256_codes, with its imagenet256_labels beside it"
-            )
-        self.codes, self.labels, files = folders[0], labels, len(_arrays(folders[0]))
-        for pad in range(min(MOST_PROCESSES, files // 2 + 1) - 1, 0, -1):
-            if all(np.array_equal(self._codes(files - pad + image), self._codes(image)) for image in range(pad)):
-                self.padded = pad  # so many files at the end are the first images again
-                break
-        self.images = files - self.padded
+    def codes(image: int) -> np.ndarray:
+        return _read_codes(folders[0] / f"{image}.npy", positions)
 
-    def _codes(self, image: int) -> np.ndarray:
-        file = self.codes / f"{image}.npy"
-        return self.codes_of(read_array(file, ADVICE), file)
+    def is_padded(pad: int) -> bool:
+        return all(np.array_equal(codes(files - pad + image), codes(image)) for image in range(pad))
 
-    def count(self) -> int:
-        return self.images
+    files = len(_arrays(folders[0]))
+    padded = next(filter(is_padded, range(min(MOST_PROCESSES, files // 2 + 1) - 1, 0, -1)), 0)
 
-    def items(self) -> Iterator[Item]:
-        for image in range(self.images):
-            file = self.labels / f"{image}.npy"
+    def items() -> Iterator[Item]:
+        for image in range(files - padded):
+            file = labels / f"{image}.npy"
             label = read_array(file, "expected the label of one image")
             if label.dtype.kind not in "iu" or label.size != 1:
                 raise UserError(f"{file} holds {label.dtype} {list(label.shape)}; expected the integer label of one image")
-            yield int(label.reshape(-1)[0]), self._codes(image)
+            yield int(label.reshape(-1)[0]), codes(image)
+
+    return Source("LlamaGen", files - padded, items, padded=padded)
 
 
-class Rar(Source):
-    kind = "RAR"
+def _rar(path: Path, positions: int) -> Source:
+    def lines() -> Iterator[tuple[int, bytes]]:
+        with reading(path, "expected RAR's JSONL"), open(path, "rb") as file:
+            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
 
-    def count(self) -> int:
-        return sum(1 for _ in self._lines())
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        with reading(self.path, "expected RAR's JSONL"), open(self.path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, line
-
-    def items(self) -> Iterator[Item]:
-        for number, line in self._lines():
-            place = f"{self.path}, line {number}"
+    def items() -> Iterator[Item]:
+        for number, line in lines():
+            place = f"{path}, line {number}"
             with reading(place, 'expected {"class_id": 3, "tokens": [...]}, the file may be cut'):
                 record = json.loads(line)
                 label, tokens = record["class_id"], record["tokens"]
                 if not isinstance(label, int) or isinstance(label, bool) or not isinstance(tokens, list):
                     raise TypeError("class_id is no whole number, or tokens no list")
-            yield label, self.codes_of(tokens, place)
+            yield label, _codes_of(tokens, place, positions)
+
+    return Source("RAR", sum(1 for _ in lines()), items)
 
 
-class ClassFolders(Source):
-    kind = "class folders (RandAR, ARPG)"
+def _class_folders(path: Path, positions: int) -> Source:
+    files = [file for folder in _folders(path, "*") for file in _arrays(folder)]
+    labels = class_numbers((file.parent.name for file in files), path)
 
-    def __init__(self, path: Path, positions: int):
-        super().__init__(path, positions)
-        self.files = [file for folder in _folders(path, "*") for file in _arrays(folder)]
-        self.labels = class_numbers((file.parent.name for file in self.files), path)
-        self.class_names = names_of(self.labels)
+    def items() -> Iterator[Item]:
+        return ((labels[file.parent.name], _read_codes(file, positions)) for file in files)
 
-    def count(self) -> int:
-        return len(self.files)
+    return Source("class folders (RandAR, ARPG)", len(files), items, names_of(labels))
 
-    def items(self) -> Iterator[Item]:
-        for file in self.files:
-            yield self.labels[file.parent.name], self.codes_of(read_array(file, ADVICE), file)
+
+def _read_codes(file: Path, positions: int) -> np.ndarray:
+    return _codes_of(read_array(file, ADVICE), file, positions)
+
+
+def _codes_of(array: Any, place: object, positions: int) -> np.ndarray:
+    """Codes of one image as [X, P]: the last axis is the grid, whatever else there is are views."""
+    with reading(place, ADVICE):
+        codes = np.asarray(array)
+    if codes.dtype.kind not in "iu" or codes.size == 0 or codes.ndim == 0 or codes.shape[-1] != positions:
+        side = round(codes.shape[-1] ** 0.5) if codes.ndim and codes.dtype.kind in "iu" else 0
+        is_square = 1 < side <= MOST_SIDE and side * side == codes.shape[-1]
+        advice = f" or with --grid {side}x{side}, if that is theirs" if is_square else ""
+        expected = f"expected integer codes whose last axis has the {positions} positions of --grid{advice}"
+        raise UserError(f"{place} holds {codes.dtype} {list(codes.shape)}; {expected}")
+    codes_XP = codes.reshape(-1, positions)
+    check_below(codes_XP, 2**16, place, ADVICE)
+    return codes_XP
 
 
 def _folders(path: Path, pattern: str) -> list[Path]:
@@ -166,11 +144,11 @@ def open_source(path: Path, positions: int) -> Source:
             is_packed = head.startswith((b"PK", b"\x1f\x8b")) or head[257:262] == b"ustar"
             hint = "unpack it first" if is_packed else "its first line is no JSON object"
             raise UserError(f"{path} is no token file ({hint}); {FORMATS}")
-        return Rar(path, positions)
+        return _rar(path, positions)
     if path.is_dir() and _folders(path, "*_codes"):
-        return LlamaGen(path, positions)
+        return _llamagen(path, positions)
     if path.is_dir() and any(_arrays(folder) for folder in _folders(path, "*")):
-        return ClassFolders(path, positions)
+        return _class_folders(path, positions)
     raise UserError(f"{path} is no token folder: {FORMATS}")
 
 
@@ -179,15 +157,16 @@ def import_tokens(path: Path, out: Path, meta: TokenMeta) -> TokenSet:
 
     Raises `UserError` for codes outside the vocabulary, images with different numbers of views, an empty or cut source.
     """
-    source = open_source(path, meta.grid[0] * meta.grid[1])
     check_replaceable(out, path, kind=TOKEN_SET)
-    count, first = source.count(), next(source.items(), None)
+    positions = meta.grid[0] * meta.grid[1]
+    source = open_source(path, positions)
+    count, first = source.count, next(source.items(), None)
     if first is None or count == 0:
         raise UserError(f"{path} holds no tokens")
     views = len(first[1])
     with replaced_folder(out, TOKEN_SET, path) as folder:
         labels_N = np.zeros(count, dtype=np.int32)
-        with array_rows(folder / "tokens.npy", (count, views, source.positions), np.uint16) as add:
+        with array_rows(folder / "tokens.npy", (count, views, positions), np.uint16) as add:
             for image, (label, codes_XP) in enumerate(islice(source.items(), count)):
                 if len(codes_XP) != views or codes_XP.max() >= meta.vocabulary or not 0 <= label < MOST_CLASSES:
                     raise UserError(

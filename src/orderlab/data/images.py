@@ -80,12 +80,11 @@ def list_images(images: Path, labels: dict[str, str] | None = None) -> list[Imag
     """
     if not images.exists():
         raise UserError(f"{images} does not exist; expected a folder of class folders (n01440764/...) or tar files of them")
-    files = [images] if images.is_file() else [Path(folder, name) for folder, names in _walk(images) for name in names]
     found = []
-    for file in files:
-        inside = PurePosixPath(file.relative_to(images).as_posix())
+    for inside in [PurePosixPath()] if images.is_file() else _files(images):
+        file = images / inside
         if file.suffix == ".tar":
-            found += list(_tar_members(file, labels or {}))
+            found += _tar_members(file, labels or {})
         elif file.suffix.lower() in SUFFIXES:
             number = file.with_suffix(".cls")
             with reading(number, "expected a class number"):
@@ -105,10 +104,13 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") and name not in (".", "..")
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+def _files(folder: Path) -> list[PurePosixPath]:
+    """The files below a folder, by their places in it, sorted; hidden ones and those in hidden folders are left out."""
+    found = []
     for place, folders, names in os.walk(folder, followlinks=True):  # ImageNet-100 is often a folder of links
         folders[:] = [name for name in folders if not is_hidden(name)]
-        yield place, [name for name in names if not is_hidden(name)]
+        found += [PurePosixPath(os.path.relpath(place, folder), name) for name in names if not is_hidden(name)]
+    return sorted(found)
 
 
 def _tar_members(file: Path, labels: dict[str, str]) -> list[ImageFile]:
@@ -149,10 +151,8 @@ def _class_of(inside: PurePosixPath, container: str, labels: dict[str, str], num
         if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", number):
             raise UserError(f"{inside} has a .cls that holds {number[:20]!r}; expected the number of its class")
         return str(int(number))
-    raise UserError(
-        f"{inside} has no class: expected a folder or tar file named by its WordNet id (n01440764), a .cls with its number beside it, "
-        "or --labels FILE for validation images"
-    )
+    expected = "a folder or tar file named by its WordNet id (n01440764), a .cls with its number beside it, or --labels FILE"
+    raise UserError(f"{inside} has no class: expected {expected} for validation images")
 
 
 def read_labels(file: Path) -> dict[str, str]:
@@ -201,9 +201,8 @@ def chosen_classes(name: str | None, images: Sequence[ImageFile], place: object)
     if found and not any(map(WORDNET_ID.fullmatch, found)):
         raise UserError(f"{place} numbers its classes (.cls files), and --classes {name} chooses them by WordNet id; leave it out")
     if absent := sorted(chosen - found):
-        raise UserError(
-            f"{place} has no image of {len(absent)} of {len(ids)} classes ({absent[0]}, ...) of --classes {name}; expected every class"
-        )
+        missing = f"{len(absent)} of {len(ids)} classes ({absent[0]}, ...)"
+        raise UserError(f"{place} has no image of {missing} of --classes {name}; expected every class")
     return class_numbers(ids, name), [image for image in images if image.wordnet_id in chosen]
 
 
@@ -236,14 +235,15 @@ class Crops:
 
     def cut(self, image: Image.Image, size: int) -> np.ndarray:
         """The views of one image, uint8 [X, size, size] (grey) or [X, size, size, 3]."""
-        return np.stack([np.asarray(view) for name in self.names.split(",") for view in self._cut_one(name, image, size)])
-
-    def _cut_one(self, name: str, image: Image.Image, size: int) -> list[Image.Image]:
-        if name == "center":
-            center = center_crop(image, size)
-            return [center, ImageOps.mirror(center)] if self.is_flipped else [center]
-        larger = center_crop(image, int(size * TEN_CROP[name]))
-        return five_crop(larger, size) + five_crop(ImageOps.mirror(larger), size)
+        views: list[Image.Image] = []
+        for name in self.names.split(","):
+            if name == "center":
+                center = center_crop(image, size)
+                views += [center, ImageOps.mirror(center)] if self.is_flipped else [center]
+            else:
+                larger = center_crop(image, int(size * TEN_CROP[name]))
+                views += five_crop(larger, size) + five_crop(ImageOps.mirror(larger), size)
+        return np.stack([np.asarray(view) for view in views])
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -348,20 +348,20 @@ def image_batches(
         raise UserError(f"--size {size}: expected 8 to 4096 pixels, or none")
     if (source / "meta.json").exists():
         return _from_tokens(TokenSet(source), batch)
-    if source.is_file() or classes or labels or next(source.rglob("*.tar"), None):
+    inside = _files(source)
+    if source.is_file() or classes or labels or any(file.suffix == ".tar" for file in inside):
         listed = list_images(source, read_labels(labels) if labels else None)
         ranks, images = chosen_classes(classes, listed, source)
         return _from_files(images, batch, size, ranks)
     if not source.is_dir():
         raise UserError(f"{source} is no folder; expected a folder of images, a tar file of them or a token set")
-    inside = (file.relative_to(source) for file in sorted(source.rglob("*")))
-    files = [file for file in inside if file.suffix.lower() in SUFFIXES and not any(map(is_hidden, file.parts))]
+    files = [file for file in inside if file.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"{source} holds no images; expected files ending in {', '.join(SUFFIXES)}")
     folders = {file.parent for file in files}
     if len(folders) == 1:
         return _from_files(sorted((ImageFile("", file.name, str(source / file)) for file in files), key=_number), batch, size, None)
-    if Path() in folders:
+    if PurePosixPath() in folders:
         raise UserError(f"{source} holds images and folders of images; expected images alone, or folders that are their classes")
     is_unique = len({folder.name for folder in folders}) == len(folders)
     images = [ImageFile(file.parent.name if is_unique else file.parent.as_posix(), file.name, str(source / file)) for file in files]

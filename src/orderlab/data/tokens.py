@@ -75,17 +75,15 @@ class TokenSet:
         self.folder, self.class_rows = Path(folder), class_rows
         file = self.folder / "meta.json"
         if not file.exists():
-            raise UserError(
-                f"{self.folder} is no token set (meta.json is missing); make it: orderlab tokenize imagenet --out {self.folder}"
-            )
+            make = f"orderlab tokenize imagenet --out {self.folder}"
+            raise UserError(f"{self.folder} is no token set (meta.json is missing); make it: {make}")
         with reading(file, AGAIN):
             self.meta = meta = TokenMeta.model_validate(read_json(file))
         self.class_names = read_names(meta.class_names)
         if not meta.images or not meta.views or (self.class_names and len(self.class_names) != meta.classes):
-            raise UserError(
-                f"{file} describes {meta.images} images, {len(meta.views)} views, {meta.classes} classes "
-                f"({len(self.class_names or ())} named); expected one or more of each, {AGAIN}"
-            )
+            classes = f"{meta.classes} classes ({len(self.class_names or ())} named)"
+            found = f"{meta.images} images, {len(meta.views)} views, {classes}"
+            raise UserError(f"{file} describes {found}; expected one or more of each, {AGAIN}")
         shape = (meta.images, len(meta.views), meta.grid[0] * meta.grid[1])
         self.tokens = _mapped(self.folder / "tokens.npy", np.uint16, shape, AGAIN)
         self.labels = _mapped(self.folder / "labels.npy", np.int32, (meta.images,), AGAIN)
@@ -185,10 +183,8 @@ def _imagenet_set(folder: Path, data: DataConfig) -> TokenSet:
         return token_set
     rows, expected = class_rows(data, token_set.meta.classes), wordnet_ids("imagenet100")
     if token_set.meta.classes != len(rows) or token_set.class_names not in (None, expected):
-        raise UserError(
-            f"{folder} has {token_set.meta.classes} classes ({(token_set.class_names or ['without names'])[0]}, ...); "
-            f"data.classes=imagenet-1k places the {len(rows)} of ImageNet-100 ({expected[0]}, ...)"
-        )
+        found = f"{token_set.meta.classes} classes ({(token_set.class_names or ['without names'])[0]}, ...)"
+        raise UserError(f"{folder} has {found}; data.classes=imagenet-1k places the {len(rows)} of ImageNet-100 ({expected[0]}, ...)")
     return TokenSet(folder, rows)
 
 
@@ -230,10 +226,9 @@ def _cache_name(data: DataConfig) -> str:
 def _encode_fashion(data: DataConfig, folder: Path) -> None:
     vq = tokenizer(data.tokenizer)
     if vq.config.in_channels != 1 or 32 % vq.config.downsampling:
-        raise UserError(
-            f"tokenizer {data.tokenizer} takes images of {vq.config.in_channels} channels in tokens of {vq.config.downsampling} pixels; "
-            "Fashion-MNIST is grey and 32x32 (orderlab tokenizer train makes one for it)"
-        )
+        found = f"takes images of {vq.config.in_channels} channels in tokens of {vq.config.downsampling} pixels"
+        needed = "Fashion-MNIST is grey and 32x32 (orderlab tokenizer train makes one for it)"
+        raise UserError(f"tokenizer {data.tokenizer} {found}; {needed}")
     for split in SPLITS:
         images, labels = fashion_images(data, split)
         views = {"original": images, "flip": images[:, :, ::-1]} if data.flip and split == "train" else {"original": images}
@@ -264,22 +259,20 @@ def tokenizer(name: str, device: str | torch.device = "cpu") -> VQ:
     file = str(shipped) if shipped.exists() else name
     if not split_part(file)[0].is_file():
         known = ", ".join(sorted(p.stem.removeprefix("vq-") for p in ASSETS.glob("vq-*.safetensors")))
-        raise UserError(
-            f"unknown tokenizer '{name}'; expected {known} or a weight file, named with --tokenizer FILE (train one: orderlab tokenizer train)"
-        )
+        expected = f"{known} or a weight file, named with --tokenizer FILE (train one: orderlab tokenizer train)"
+        raise UserError(f"unknown tokenizer '{name}'; expected {expected}")
     return load_vq(file).eval().to(device, memory_format=torch.channels_last)  # pyrefly: ignore
 
 
 def tokenizer_of(token_set: TokenSet, name: str | None = None, device: str | torch.device = "cpu") -> VQ:
     """The tokenizer `name`, or the one that `meta.json` names. Raises `UserError` where it is not the one that the tokens were made with."""
-    meta = token_set.meta
-    vq = tokenizer(name or meta.tokenizer, device)
+    meta, name = token_set.meta, name or token_set.meta.tokenizer
+    vq = tokenizer(name, device)
     is_other = len(meta.tokenizer_hash) == HASH_DIGITS and tokenizer_hash(vq) != meta.tokenizer_hash
     if is_other or meta.vocabulary > vq.config.codebook_size:
-        raise UserError(
-            f"{token_set.folder} was made with tokenizer {meta.tokenizer} ({meta.tokenizer_hash}, {meta.vocabulary} codes), and "
-            f"{name or meta.tokenizer} is {tokenizer_hash(vq)} ({vq.config.codebook_size} codes): {AGAIN}, or name the right weight file"
-        )
+        made_with = f"was made with tokenizer {meta.tokenizer} ({meta.tokenizer_hash}, {meta.vocabulary} codes)"
+        found = f"{name} is {tokenizer_hash(vq)} ({vq.config.codebook_size} codes)"
+        raise UserError(f"{token_set.folder} {made_with}, and {found}: {AGAIN}, or name the right weight file")
     return vq
 
 

@@ -149,10 +149,8 @@ def world() -> Iterator[World]:
     except RuntimeError as error:
         if size == 1 or not (isinstance(error, dist.DistNetworkError) or LOST.search(str(error))):
             raise
-        raise PeersLost(
-            f"process {rank} of {size} lost the others ({str(error).splitlines()[0][:100]}): one was killed or failed, see its own line; "
-            "the same command goes on from the last checkpoint"
-        ) from None
+        advice = "one was killed or failed, see its own line; the same command goes on from the last checkpoint"
+        raise PeersLost(f"process {rank} of {size} lost the others ({str(error).splitlines()[0][:100]}): {advice}") from None
     finally:
         if joins and dist.is_initialized():
             gc.collect()  # DDP's reducers lie in cycles; one that outlives its group may abort the process at exit

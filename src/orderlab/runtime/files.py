@@ -59,9 +59,8 @@ def faults(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {file}: {error.strerror or error}; the previous file is unchanged, free some space or pick another folder"
-        ) from None
+        advice = "the previous file is unchanged, free some space or pick another folder"
+        raise UserError(f"cannot write {file}: {error.strerror or error}; {advice}") from None
 
 
 # What changes the disk: one function each, so that a test can let the n-th of them fail.
@@ -244,7 +243,7 @@ class FolderKind:
     name: str
     files: tuple[str, ...]
     mark: str | None = None
-    """a JSON file that has `keys`"""
+    """A JSON file that has `keys`."""
     keys: tuple[str, ...] = ()
 
 
@@ -277,28 +276,20 @@ def check_replaceable(target: Path, *inputs: Path, kind: FolderKind | None = Non
     names = [path.name for path in place.iterdir() if path.name != ".lock" and not PART.fullmatch(path.name)]
     foreign = [name for name in sorted(names) if not any(fnmatch(name, pattern) for pattern in kind.files)]
     if names and (foreign or not _has_mark(place, kind)):
-        raise UserError(
-            f"{target} holds {(foreign or sorted(names))[0]}, which is no part of a {kind.name} that this command made; nothing was changed: "
-            "name another folder, or empty this one"
-        )
+        found = f"{(foreign or sorted(names))[0]}, which is no part of a {kind.name} that this command made"
+        raise UserError(f"{target} holds {found}; nothing was changed: name another folder, or empty this one")
 
 
 def _edges(file: Path) -> bytes:
-    try:
-        with open(file, "rb") as handle:
-            head = handle.read(EDGE)
-            handle.seek(max(0, file.stat().st_size - EDGE))
-            return head + handle.read(EDGE)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); name another file to write") from None
+    with reading(file, "name another file to write"), open(file, "rb") as handle:
+        head = handle.read(EDGE)
+        handle.seek(max(0, file.stat().st_size - EDGE))
+        return head + handle.read(EDGE)
 
 
 def _has_mark(folder: Path, kind: FolderKind) -> bool:
-    if kind.mark is None:
-        return True
-    with suppress(UserError, OSError, TypeError):
-        content = read_json(folder / kind.mark)
-        return all(key in content for key in kind.keys)
+    with suppress(UserError):
+        return kind.mark is None or set(kind.keys) <= read_json(folder / kind.mark).keys()
     return False
 
 

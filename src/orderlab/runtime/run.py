@@ -73,9 +73,8 @@ class RunFolder:
     def config(self) -> RunConfig:
         file = self.root / "config.json"
         if not file.exists():
-            raise UserError(
-                f"{self.root} is no run folder: config.json is missing; train first, or name a folder such as runs/raster-300@demo/seed0"
-            )
+            advice = "train first, or name a folder such as runs/raster-300@demo/seed0"
+            raise UserError(f"{self.root} is no run folder: config.json is missing; {advice}")
         with reading(file, "it does not fit this version"):
             return RunConfig.model_validate(read_json(file))
 
