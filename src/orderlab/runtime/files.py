@@ -114,7 +114,9 @@ def atomic(file: Path) -> Iterator[BinaryIO]:
             handle.close()
             _rename(temporary, file)
     except BaseException:
-        with suppress(OSError), handle:
+        with suppress(OSError):
+            handle.close()
+        with suppress(OSError):
             _remove(temporary)
         raise
 
