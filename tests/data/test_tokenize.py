@@ -47,15 +47,16 @@ def whole(image_tree: Path, small_vq: Path, tmp_path_factory: pytest.TempPathFac
 SCRIPT = """
 import os, signal, sys, torch
 from orderlab.data import tokenize
+from orderlab.runtime import files
 torch.set_num_threads(1)
 config, after, how = tokenize.TokenizeConfig.model_validate_json(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-count, write = [0], tokenize.write_rows
+count, write = [0], files.write_rows
 def counted(*arguments):
     count[0] += 1
     write(*arguments)
     if count[0] == after:
         os.kill(os.getpid(), getattr(signal, how))
-tokenize.write_rows = counted
+files.write_rows = counted
 tokenize.run(config)
 """
 

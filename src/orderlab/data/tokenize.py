@@ -27,30 +27,14 @@ from orderlab.data.imagenet import names_of, stored_names
 from orderlab.data.images import Crops, ImageFile, chosen_classes, list_images, open_views, read_labels
 from orderlab.data.tokens import TokenMeta, TokenSet, tokenizer
 from orderlab.models.vq import tokenizer_hash
+from orderlab.runtime import files
 from orderlab.runtime.dist import World, world
-from orderlab.runtime.files import (
-    FolderKind,
-    append_line,
-    array_rows,
-    check_replaceable,
-    copy,
-    empty_array,
-    locked,
-    read_json,
-    remove,
-    rename,
-    second_name,
-    write_array,
-    write_atomically,
-    write_json,
-    write_rows,
-)
 from orderlab.runtime.run import config_difference
 
 DONE = ("tokens.npy", "labels.npy", "meta.json", "tokenize.json", "images.txt", "broken.txt")
 BEGUN = ("plan.json", "listing.jsonl", "classes.json", "codes.npy")
-WORK = FolderKind("token set in the making", (*DONE, *BEGUN, "journal-*.jsonl"))
-NOTHING = FolderKind("token set", ())  # what was made with other settings is not replaced
+WORK = files.FolderKind("token set in the making", (*DONE, *BEGUN, "journal-*.jsonl"))
+NOTHING = files.FolderKind("token set", ())  # what was made with other settings is not replaced
 CHUNK = 65536  # images at a time
 
 Progress = Callable[[int, int, str], None]
@@ -95,10 +79,10 @@ def run(config: TokenizeConfig, *, progress: Progress | None = None) -> dict[str
     if (config.out / "meta.json").exists():
         work.check_settings(config.out / "tokenize.json")
         return _summary(config.out, 0, clock, 1)
-    check_replaceable(config.out, config.images, kind=NOTHING)
-    check_replaceable(work.folder, kind=WORK)
+    files.check_replaceable(config.out, config.images, kind=NOTHING)
+    files.check_replaceable(work.folder, kind=WORK)
     busy = f"{work.folder} is in use by another process; wait for it or choose another --out folder"
-    lock = locked(work.folder / ".lock", busy, swept=[work.folder])
+    lock = files.locked(work.folder / ".lock", busy, swept=[work.folder])
     with world() as here, lock if here.is_main else nullcontext():
         if here.any(here.is_main and (config.out / "meta.json").exists()):  # another process has finished it meanwhile
             return _summary(config.out, 0, clock, here.size)
@@ -135,7 +119,7 @@ class Work:
 
     def check_settings(self, file: Path) -> None:
         """Raise `UserError` where what is there was made with other settings."""
-        difference = config_difference(read_json(file), self.settings) if file.exists() else "it was not made by orderlab tokenize"
+        difference = config_difference(files.read_json(file), self.settings) if file.exists() else "it was not made by orderlab tokenize"
         if difference:
             raise UserError(f"{file.parent} was made with other settings ({difference}); choose another --out folder or delete this one")
 
@@ -147,10 +131,10 @@ class Work:
         config = self.config
         found = list_images(config.images, read_labels(config.labels) if config.labels else None)
         classes, images = chosen_classes(config.classes, found, config.images)
-        write_atomically(self.listing, "".join(image.line() + "\n" for image in images))
-        write_json(self.folder / "classes.json", classes)
-        empty_array(self.codes, (len(images), len(self.views), self.side**2), np.uint16)
-        write_json(self.plan, self.settings)
+        files.write_atomically(self.listing, "".join(image.line() + "\n" for image in images))
+        files.write_json(self.folder / "classes.json", classes)
+        files.empty_array(self.codes, (len(images), len(self.views), self.side**2), np.uint16)
+        files.write_json(self.plan, self.settings)
 
     def lines(self) -> list[str]:
         """An image each; they take less memory than what is read from them."""
@@ -181,8 +165,8 @@ class Work:
                 broken += len(unreadable)
                 self._refuse_if_too_many(broken, unreadable)
                 count = min(size, len(images) - batch * size)
-                write_rows(self.codes, batch * size, self._encode(pixels, here.device)[:count])
-                append_line(journal, {"batch": batch, "broken": unreadable}, is_synced=True)
+                files.write_rows(self.codes, batch * size, self._encode(pixels, here.device)[:count])
+                files.append_line(journal, {"batch": batch, "broken": unreadable}, is_synced=True)
                 fresh += count
                 if progress is not None:
                     speed = here.size * fresh / (time.perf_counter() - clock)
@@ -231,8 +215,8 @@ class Work:
         if not (self.folder / "meta.json").exists():
             self._describe()  # writes meta.json last
         for file in (*(self.folder / name for name in (*BEGUN, ".lock")), *self.folder.glob("journal-*.jsonl")):
-            remove(file)
-        rename(self.folder, self.out)
+            files.remove(file)
+        files.give_name(self.folder, self.out)
 
     def _describe(self) -> None:
         """Leave out the unreadable images; write labels, names and the description."""
@@ -244,11 +228,11 @@ class Work:
         self._refuse_if_too_many(len(broken), broken)
         kept = [i for i in range(len(images)) if i not in broken]
         _keep_rows(self.codes, folder / "tokens.npy", np.array(kept, dtype=np.int64))
-        classes = read_json(folder / "classes.json")
-        write_array(folder / "labels.npy", np.array([classes[images[i].wordnet_id] for i in kept], dtype=np.int32))
-        write_atomically(folder / "images.txt", "".join(f"{images[i].wordnet_id}/{_printable(images[i].name)}\n" for i in kept))
-        write_atomically(folder / "broken.txt", "".join(f"{_printable(images[i].path)}\t{broken[i]}\n" for i in sorted(broken)))
-        write_json(folder / "tokenize.json", self.settings)
+        classes = files.read_json(folder / "classes.json")
+        files.write_array(folder / "labels.npy", np.array([classes[images[i].wordnet_id] for i in kept], dtype=np.int32))
+        files.write_atomically(folder / "images.txt", "".join(f"{images[i].wordnet_id}/{_printable(images[i].name)}\n" for i in kept))
+        files.write_atomically(folder / "broken.txt", "".join(f"{_printable(images[i].path)}\t{broken[i]}\n" for i in sorted(broken)))
+        files.write_json(folder / "tokenize.json", self.settings)
         meta = TokenMeta(
             tokenizer=self.settings["tokenizer"],
             tokenizer_hash=self.settings["tokenizer_hash"],
@@ -260,7 +244,7 @@ class Work:
             source=f"{config.images.name}, {config.size} px, {config.classes or 'its own classes'}",
             class_names=stored_names(names_of(classes)),
         )
-        write_json(folder / "meta.json", meta.model_dump())
+        files.write_json(folder / "meta.json", meta.model_dump())
 
 
 def _printable(name: str) -> str:
@@ -272,10 +256,10 @@ def _keep_rows(codes: Path, tokens: Path, kept_N: np.ndarray) -> None:
     """Write the kept rows as `tokens`; the codes themselves where all are kept."""
     source = np.load(codes, mmap_mode="r")
     if len(kept_N) == len(source):
-        if not second_name(codes, tokens):
-            copy(codes, tokens)
+        if not files.second_name(codes, tokens):
+            files.copy(codes, tokens)
         return
-    with array_rows(tokens, (len(kept_N), *source.shape[1:]), np.uint16) as add:
+    with files.array_rows(tokens, (len(kept_N), *source.shape[1:]), np.uint16) as add:
         for start in range(0, len(kept_N), CHUNK):
             add(source[kept_N[start : start + CHUNK]])
 

@@ -28,21 +28,10 @@ from orderlab.data.imagenet import MOST_CLASSES, ClassNames, class_rows, read_na
 from orderlab.data.npz import read_array
 from orderlab.models.vq import VQ, load_vq, tokenizer_hash
 from orderlab.models.weights import split_part
+from orderlab.runtime import files
 from orderlab.runtime.dist import generator
-from orderlab.runtime.files import (
-    FolderKind,
-    empty_array,
-    locked,
-    read_json,
-    remove,
-    rename,
-    replaced_folder,
-    write_array,
-    write_json,
-    write_rows,
-)
 
-TOKEN_SET = FolderKind("token set", ("tokens.npy", "labels.npy", "meta.json"), "meta.json", ("tokenizer_hash", "grid", "vocabulary"))
+TOKEN_SET = files.FolderKind("token set", ("tokens.npy", "labels.npy", "meta.json"), "meta.json", ("tokenizer_hash", "grid", "vocabulary"))
 AGAIN = "tokenize the images again"
 ENCODE_BATCH = 125  # with channels last, the fastest here: 1.5 times the plain layout at 500
 HASH_DIGITS = 16  # of a hash that is known; tokens from elsewhere may say "unknown"
@@ -78,7 +67,7 @@ class TokenSet:
             make = f"orderlab tokenize imagenet --out {self.folder}"
             raise UserError(f"{self.folder} is no token set (meta.json is missing); make it: {make}")
         with reading(file, AGAIN):
-            self.meta = meta = TokenMeta.model_validate(read_json(file))
+            self.meta = meta = TokenMeta.model_validate(files.read_json(file))
         self.class_names = read_names(meta.class_names)
         if not meta.images or not meta.views or (self.class_names and len(self.class_names) != meta.classes):
             classes = f"{meta.classes} classes ({len(self.class_names or ())} named)"
@@ -134,10 +123,10 @@ def check_below(numbers: Any, end: int, place: object, advice: str) -> None:
 
 def write_token_set(folder: Path, tokens_NXP: np.ndarray, labels_N: np.ndarray, meta: TokenMeta) -> TokenSet:
     """Write a whole token set; the folder appears only when complete."""
-    with replaced_folder(folder, TOKEN_SET) as fresh:
-        write_array(fresh / "tokens.npy", tokens_NXP.astype(np.uint16))
-        write_array(fresh / "labels.npy", labels_N.astype(np.int32))
-        write_json(fresh / "meta.json", meta.model_dump())
+    with files.replaced_folder(folder, TOKEN_SET) as fresh:
+        files.write_array(fresh / "tokens.npy", tokens_NXP.astype(np.uint16))
+        files.write_array(fresh / "labels.npy", labels_N.astype(np.int32))
+        files.write_json(fresh / "meta.json", meta.model_dump())
     return TokenSet(folder)
 
 
@@ -159,7 +148,7 @@ def token_sets(data: DataConfig, grid: tuple[int, int], cache: Path) -> tuple[To
     else:
         folder = cache / _cache_name(data)
         if not _is_there(folder):
-            with locked(cache / f".{folder.name}.lock", waits=True, swept=[folder]):  # many first runs may come at once
+            with files.locked(cache / f".{folder.name}.lock", waits=True, swept=[folder]):  # many first runs may come at once
                 if not _is_there(folder):
                     _encode_fashion(data, folder)
         sets = [TokenSet(folder / split) for split in SPLITS]
@@ -306,15 +295,15 @@ def computed_once(file: Path, shape: tuple[int, ...], dtype: type, rows: Callabl
     next call goes on from the last part that was written. Raises `UserError` for a damaged file.
     """
     if not file.exists():
-        with locked(file.with_suffix(".lock"), waits=True):
+        with files.locked(file.with_suffix(".lock"), waits=True):
             if not file.exists():
                 unfinished, progress = file.with_suffix(".part.npy"), file.with_suffix(".part.json")
                 for start in range(_begun(unfinished, progress, shape, dtype), shape[0], part):
                     stop = min(start + part, shape[0])
-                    write_rows(unfinished, start, rows(start, stop).astype(dtype, copy=False))
-                    write_json(progress, stop)
-                rename(unfinished, file)
-                remove(progress)
+                    files.write_rows(unfinished, start, rows(start, stop).astype(dtype, copy=False))
+                    files.write_json(progress, stop)
+                files.give_name(unfinished, file)
+                files.remove(progress)
     return _mapped(file, dtype, shape, "delete it, it will be computed again")
 
 
@@ -322,8 +311,8 @@ def _begun(unfinished: Path, progress: Path, shape: tuple[int, ...], dtype: type
     """How many rows of the unfinished array are there; it is begun anew where a kill left something damaged."""
     with suppress(UserError):
         _mapped(unfinished, dtype, shape, "")
-        if 0 <= (done := read_json(progress, int)) <= shape[0]:
+        if 0 <= (done := files.read_json(progress, int)) <= shape[0]:
             return done
-    remove(progress)
-    empty_array(unfinished, shape, dtype)
+    files.remove(progress)
+    files.empty_array(unfinished, shape, dtype)
     return 0

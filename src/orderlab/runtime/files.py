@@ -204,7 +204,7 @@ def add_to_json(file: Path, entries: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def rename(source: Path, target: Path) -> None:
+def give_name(source: Path, target: Path) -> None:
     """Give a file or folder of ours its name; an empty folder may be in its place."""
     with faults(target):
         _rename(source, target)
