@@ -82,7 +82,7 @@ class OrderHeadConfig(Frozen):
     mlp_dim: int = Field(1024, ge=1)
     registers: int = Field(4, ge=0)
 
-    _dim = model_validator(mode="after")(_heads_divide)
+    _heads_fit = model_validator(mode="after")(_heads_divide)
 
 
 class AutoregressiveTask(Frozen):
@@ -107,7 +107,7 @@ class ViTSizes(Frozen):
     dim: int = Field(768, ge=2)
     mlp_dim: int = Field(3072, ge=1)
 
-    _dim = model_validator(mode="after")(_heads_divide)
+    _heads_fit = model_validator(mode="after")(_heads_divide)
 
 
 class OracleTask(ViTSizes):

@@ -7,6 +7,8 @@ its test split.
 
 # B batch · N images · H, W pixels
 
+from __future__ import annotations
+
 import gzip
 import struct
 from pathlib import Path

@@ -143,25 +143,22 @@ def _read(handle: IO[bytes], count: int, is_end: bool) -> bytes:
     return content
 
 
-class NpzWriter:
+class NpzWriter(ExitStack):
     """An npz written member by member and batch by batch; the file appears whole under its name, or not at all.
 
     Raises `UserError` for a file that orderlab did not make, known by its note.
     """
 
     def __init__(self, file: str | Path):
+        super().__init__()
         self.file = Path(file)
 
     def __enter__(self) -> NpzWriter:
         check_replaceable(self.file)
         sweep(self.file, is_held=False)
-        self._stack = ExitStack()
-        self._zip = zipfile.ZipFile(self._stack.enter_context(atomic(self.file)), "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._stack.push(self._close)
+        self._zip = zipfile.ZipFile(self.enter_context(atomic(self.file)), "w", zipfile.ZIP_STORED, allowZip64=True)
+        self.push(self._close)
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
 
     def _close(self, kind: object, error: object, trace: object) -> None:
         with suppress(Exception) if error is not None else faults(self.file):

@@ -253,10 +253,10 @@ def tokenizer(name: str, device: str | torch.device = "cpu") -> VQ:
     return load_vq(file).eval().to(device, memory_format=torch.channels_last)  # pyrefly: ignore
 
 
-def tokenizer_of(token_set: TokenSet, name: str | None = None, device: str | torch.device = "cpu") -> VQ:
+def tokenizer_of(token_set: TokenSet, name: str | None = None, device: torch.device | None = None) -> VQ:
     """The tokenizer `name`, or the one that `meta.json` names. Raises `UserError` where it is not the one that the tokens were made with."""
     meta, name = token_set.meta, name or token_set.meta.tokenizer
-    vq = tokenizer(name, device)
+    vq = tokenizer(name) if device is None else tokenizer(name, device)  # one copy of those on the CPU
     is_other = len(meta.tokenizer_hash) == HASH_DIGITS and tokenizer_hash(vq) != meta.tokenizer_hash
     if is_other or meta.vocabulary > vq.config.codebook_size:
         made_with = f"was made with tokenizer {meta.tokenizer} ({meta.tokenizer_hash}, {meta.vocabulary} codes)"
