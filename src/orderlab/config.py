@@ -14,7 +14,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-# MERGED FROM errors: The one exception for a user's mistake (the command line prints its message as one line and exits with 2), and how readers raise it.
+MOST_SIDE = 256
+SAMPLERS = r"^(kv-cache|kv-cache-static|kv-cache-plain|full-forward|fast|slow|(semifast|phases|best-of)-[1-9]\d*|unmask-(random|confidence|halton)-[1-9]\d*)$"
+LEARNED, SHUFFLED, PARALLEL = "learned", "shuffled", "parallel"
+PATHLESS = (LEARNED, SHUFFLED, PARALLEL)
+"""Orders that are no path: an OrderHead's, a fresh random one for each image, and a masked model's sets of tokens."""
+EXECUTION_KNOBS = frozenset({"micro_batch", "compile", "sharding", "checkpoint_every"})
+"""Knobs of a `RunConfig` that change speed and memory alone: a run may go on with others."""
+PATH_KNOBS = (("data", "folder"), ("data", "tokenizer"), ("start", "file"))
+"""Knobs that name a place on this machine; a run folder keeps them absolute."""
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
+"""Height or width of a token grid."""
 
 
 class UserError(Exception):
@@ -42,13 +52,6 @@ def reading(what: object, advice: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be read ({reason}); {advice}") from None
 
 
-# MERGED FROM frozen: The base of every config.
-
-MOST_SIDE = 256
-Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
-"""Height or width of a token grid."""
-
-
 class Frozen(BaseModel):
     """Immutable, closed to unknown names, self-documenting."""
 
@@ -59,7 +62,10 @@ class Frozen(BaseModel):
         return type(self).model_validate({**self.model_dump(), **changes})
 
 
-# MERGED FROM config_tasks: What can be trained, and its knobs: the tagged union `RunConfig.task`.
+def _heads_divide(sizes: Any) -> Any:
+    if sizes.dim % sizes.heads:
+        raise ValueError(f"dim {sizes.dim} does not divide over {sizes.heads} heads")
+    return sizes
 
 
 class OrderHeadConfig(Frozen):
@@ -76,11 +82,7 @@ class OrderHeadConfig(Frozen):
     mlp_dim: int = Field(1024, ge=1)
     registers: int = Field(4, ge=0)
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> OrderHeadConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} does not divide over {self.heads} heads")
-        return self
+    _heads_fit = model_validator(mode="after")(_heads_divide)
 
 
 class AutoregressiveTask(Frozen):
@@ -105,11 +107,7 @@ class ViTSizes(Frozen):
     dim: int = Field(768, ge=2)
     mlp_dim: int = Field(3072, ge=1)
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} does not divide over {self.heads} heads")
-        return self
+    _heads_fit = model_validator(mode="after")(_heads_divide)
 
 
 class OracleTask(ViTSizes):
@@ -400,20 +398,6 @@ class RunConfig(Frozen):
         if isinstance(self.task, OrderHeadTask):
             found += [self.task.oracle.run if self.task.oracle else None, self.task.baseline]
         return [run for run in dict.fromkeys(found) if run is not None]
-
-
-EXECUTION_KNOBS = frozenset({"micro_batch", "compile", "sharding", "checkpoint_every"})
-"""Knobs of a `RunConfig` that change speed and memory alone: a run may go on with others."""
-PATH_KNOBS = (("data", "folder"), ("data", "tokenizer"), ("start", "file"))
-"""Knobs that name a place on this machine; a run folder keeps them absolute."""
-
-
-SAMPLERS = r"^(kv-cache|kv-cache-static|kv-cache-plain|full-forward|fast|slow|(semifast|phases|best-of)-[1-9]\d*|unmask-(random|confidence|halton)-[1-9]\d*)$"
-
-
-LEARNED, SHUFFLED, PARALLEL = "learned", "shuffled", "parallel"
-PATHLESS = (LEARNED, SHUFFLED, PARALLEL)
-"""Orders that are no path: an OrderHead's, a fresh random one for each image, and a masked model's sets of tokens."""
 
 
 class SampleConfig(Frozen):

@@ -8,8 +8,7 @@ import pytest
 
 from orderlab.config import DataConfig, UserError
 from orderlab.data.imagenet import Labels, class_numbers, class_rows, in_numbering_of, names_of, read_names, stored_names, wordnet_ids
-from orderlab.data.prepare import token_sets
-from orderlab.data.tokens import TokenMeta, write_token_set
+from orderlab.data.tokens import TokenMeta, token_sets, write_token_set
 
 
 def test_class_index_is_the_rank_of_the_id() -> None:

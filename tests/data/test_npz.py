@@ -119,17 +119,17 @@ def test_truncated_absent_and_foreign_files_are_one_line(tmp_path):
     whole = (FIXTURES / "adm_ref_tiny.npz").read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.npz").write_bytes(whole[:size])
-        with pytest.raises(UserError, match="truncated, damaged or not an npz file"):
+        with pytest.raises(UserError, match=r"cannot be read .*expected a whole npz file"):
             read_all(tmp_path / "cut.npz")
     with pytest.raises(UserError, match="does not exist"):
         read_all(tmp_path / "absent.npz")
-    with pytest.raises(UserError, match="truncated, damaged"):
+    with pytest.raises(UserError, match=r"cannot be read .*expected a whole npz file"):
         read_all(tmp_path)
     with zipfile.ZipFile(tmp_path / "z.npz", "w") as archive:
         archive.writestr("arr_0.npy", b"text")
         archive.writestr("mu.npy", b"\x93NUMPY\x01\x00\x76\x00{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999,), }")
         archive.writestr("sigma.npy", b"")
-    with pytest.raises(UserError, match="truncated, damaged"):
+    with pytest.raises(UserError, match=r"cannot be read .*expected a whole npz file"):
         read_all(tmp_path / "z.npz")
 
 

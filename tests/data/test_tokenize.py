@@ -19,8 +19,7 @@ from scipy.io import savemat
 
 from orderlab.config import UserError
 from orderlab.data.images import Crops, center_crop, five_crop, list_images, read_labels
-from orderlab.data.prepare import tokenizer
-from orderlab.data.tokenize import TokenizeConfig, Work, _begin, _settings, run
+from orderlab.data.tokenize import TokenizeConfig, Work, run
 from orderlab.data.tokens import TokenSet
 from orderlab.models.vq import load_vq
 from tests.conftest import WORDNET_IDS
@@ -48,15 +47,16 @@ def whole(image_tree: Path, small_vq: Path, tmp_path_factory: pytest.TempPathFac
 SCRIPT = """
 import os, signal, sys, torch
 from orderlab.data import tokenize
+from orderlab.runtime import files
 torch.set_num_threads(1)
 config, after, how = tokenize.TokenizeConfig.model_validate_json(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-count, write = [0], tokenize.write_rows
+count, write = [0], files.write_rows
 def counted(*arguments):
     count[0] += 1
     write(*arguments)
     if count[0] == after:
         os.kill(os.getpid(), getattr(signal, how))
-tokenize.write_rows = counted
+files.write_rows = counted
 tokenize.run(config)
 """
 
@@ -76,7 +76,7 @@ def in_process(
 
 def begin(settings: TokenizeConfig) -> None:
     """List the images and make room for their codes, no more."""
-    _begin(Work(settings.out), settings, _settings(settings, tokenizer(settings.tokenizer)))
+    Work(settings).begin()
 
 
 def test_codes_are_those_of_each_image_alone(whole: Path, image_tree: Path, small_vq: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from orderlab import load_run
 from orderlab.config import GPTConfig, OptimConfig
-from orderlab.data.prepare import tokenizer
+from orderlab.data.tokens import tokenizer
 from orderlab.evaluate.inception import InceptionFeatures
 from orderlab.evaluate.likelihood import nll
 from orderlab.evaluate.networks import FashionFeatures, extractor

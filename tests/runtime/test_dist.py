@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from orderlab.config import UserError
-from orderlab.data.prepare import tokenizer
+from orderlab.data.tokens import tokenizer
 from orderlab.models.transformer import _kept_rope_table, rope_table
 from orderlab.order.policy import _cached_path
 from orderlab.runtime import dist

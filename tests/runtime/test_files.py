@@ -275,11 +275,11 @@ def test_the_cache_lies_beside_the_runs_wherever_they_are_named_from(tmp_path: P
 
 def first_run(start: Any, root: Path, number: int, config: RunConfig, results: Any) -> None:
     """One of many first runs: the token cache, then a run folder, of its own or of everybody."""
-    from orderlab.data import prepare
+    from orderlab.data import tokens
 
     start.wait(60)
     try:
-        train, validation = prepare.token_sets(config.data, (8, 8), root / "tokens")
+        train, validation = tokens.token_sets(config.data, (8, 8), root / "tokens")
         own = RunFolder(root / f"r@smoke/seed{number}")
         with own.lock():
             own.create(config)
@@ -294,17 +294,17 @@ def first_run(start: Any, root: Path, number: int, config: RunConfig, results: A
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_many_first_runs_at_once(tmp_path: Path, tiny_run: RunConfig, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
     """Job arrays start like this: one of them encodes the images, the others find its tokens."""
-    from orderlab.data import prepare
+    from orderlab.data import tokens
 
     def encode(vq: Any, images: np.ndarray) -> np.ndarray:  # a forked process cannot use torch's threads
         with open(tmp_path / "encoded", "a") as notes:
             notes.write("once\n")
         return np.zeros((len(images), 64), np.int64)
 
-    monkeypatch.setattr(prepare, "_encode", encode)
+    monkeypatch.setattr(tokens, "_encode", encode)
     monkeypatch.setattr("orderlab.runtime.run.code_version", lambda: "0")
     config = tiny_run.edited(data=DataConfig(train_images=40, validation_images=20, flip=False).model_dump())
-    prepare.tokenizer(config.data.tokenizer)
+    tokens.tokenizer(config.data.tokenizer)
     context = multiprocessing.get_context("fork")
     start, results = context.Event(), context.Queue()
     workers = [context.Process(target=first_run, args=(start, tmp_path, i, config, results)) for i in range(processes)]

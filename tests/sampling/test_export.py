@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from orderlab import cli
 from orderlab.config import DataConfig, GPTConfig, RunConfig, SampleConfig, UserError
 from orderlab.data.fashion import load_fashion
-from orderlab.data.prepare import decode, tokenizer
-from orderlab.data.tokens import TokenMeta, TokenSet, write_token_set
+from orderlab.data.tokens import TokenMeta, TokenSet, decode, tokenizer, write_token_set
 from orderlab.models.gpt import GPT
 from orderlab.models.vq import tokenizer_hash
 from orderlab.models.weights import save_model

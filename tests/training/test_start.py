@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from orderlab.config import AnnealedOrder, RunConfig, StartConfig, UserError
-from orderlab.data.prepare import fashion_images
+from orderlab.data.tokens import fashion_images
 from orderlab.study import catalog
 from orderlab.study.hub import import_weights
 from orderlab.training.loop import run
@@ -134,7 +134,7 @@ def test_small_scales_pretrain_on_images_the_fine_tune_does_not_see(scale: str, 
     """Images are their own numbers here, so that the sets can be compared at every scale, downloaded or not."""
     total = 60_000 if catalog.SCALES[scale].data.folder else 10_000
     labels = np.random.default_rng(0).permutation(np.arange(total) % 10)
-    monkeypatch.setattr("orderlab.data.prepare.load_fashion", lambda split, folder=None: (np.arange(total), labels))
+    monkeypatch.setattr("orderlab.data.tokens.load_fashion", lambda split, folder=None: (np.arange(total), labels))
     configs = [catalog.resolve(name, scale) for name in (run_name, "raster-other-half")]
     own, other = (fashion_images(config.data, "train")[0] for config in configs)
     assert len(own) >= 1000

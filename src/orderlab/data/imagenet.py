@@ -19,28 +19,24 @@ import numpy as np
 
 from orderlab.config import DataConfig, UserError
 
-ClassNames = tuple[str, ...]
+LISTS = Path(__file__).parent.parent / "assets" / "imagenet"
 MOST_CLASSES = 2**16
 NUMBER = re.compile(r"[0-9]{1,9}")
 
-LISTS = Path(__file__).parent.parent / "assets" / "imagenet"
+ClassNames = tuple[str, ...]
 
 
 @lru_cache(maxsize=2)
-def wordnet_ids(name: str) -> tuple[str, ...]:
+def wordnet_ids(name: str) -> ClassNames:
     """The sorted WordNet ids of "imagenet1k" or "imagenet100"."""
     return tuple((LISTS / f"{name}.txt").read_text().split())
 
 
 def class_rows(data: DataConfig, classes: int) -> np.ndarray:
-    """For each class of the data, its row in the model's class table: int64 [classes of the data].
-
-    The data's own classes are the first rows; ImageNet-100 in a model of ImageNet-1K lies scattered over its 1,000.
-    """
+    """For each of the data's classes its row in the model's class table, int64: the first ones, or those of ImageNet-100 among ImageNet-1K's."""
     if data.classes == "own":
         return np.arange(classes)
-    rows = {wordnet_id: row for row, wordnet_id in enumerate(wordnet_ids("imagenet1k"))}
-    return np.array([rows[wordnet_id] for wordnet_id in wordnet_ids("imagenet100")])
+    return np.searchsorted(wordnet_ids("imagenet1k"), wordnet_ids("imagenet100"))
 
 
 def class_numbers(names: Iterable[str], place: object) -> dict[str, int]:
@@ -93,10 +89,8 @@ def in_numbering_of(other: Labels, own: Labels) -> np.ndarray:
     for side, names in ((own, own.names or other.names), (other, other.names or own.names)):
         numbers_N = side.numbers_N
         if names is not None and len(numbers_N) and not 0 <= numbers_N.min() <= numbers_N.max() < len(names):
-            raise UserError(
-                f"{side.place} has labels {numbers_N.min()} to {numbers_N.max()} where {len(names)} classes are numbered ({names[0]}, ...): "
-                f"{own.place} and {other.place} do not number the same classes"
-            )
+            found = f"labels {numbers_N.min()} to {numbers_N.max()} where {len(names)} classes are numbered ({names[0]}, ...)"
+            raise UserError(f"{side.place} has {found}: {own.place} and {other.place} do not number the same classes")
     if own.names is None or other.names is None or own.names == other.names:
         return own.numbers_N
     places = {name: number for number, name in enumerate(other.names)}

@@ -1,7 +1,11 @@
-"""Batches of uint8 RGB images from a folder of image files, from tar files or from a token set, without holding them.
+"""Images on disk: found in class folders or tar files, read one by one, cut as ADM and LlamaGen cut them, or handed out in batches.
 
-N images · H, W pixels · P grid position
+The list is ImageFolder's: sorted by class, then by name, so a folder of images and tar files of the same images give the same tokens.
+Tar members are read in place, by offset; nothing is unpacked. `image_batches` gives uint8 RGB images from a folder, from tar files or
+from a token set, decoded, without holding them.
 """
+
+# N images · H, W image height and width · X crops of an image
 
 from __future__ import annotations
 
@@ -23,23 +27,19 @@ from PIL import Image, ImageOps
 
 from orderlab.config import UserError, reading
 from orderlab.data.imagenet import ClassNames, class_numbers, names_of, wordnet_ids
-from orderlab.data.prepare import decode, tokenizer
-from orderlab.data.tokens import TokenSet
-from orderlab.models.vq import tokenizer_hash
+from orderlab.data.tokens import TokenSet, decode, tokenizer_of
 from orderlab.runtime.dist import own_device
 
-# MERGED FROM data.sources: ImageNet's images on disk: found in class folders or in tar files, read one by one, cut as ADM and LlamaGen cut them. The list is ImageFolder's: sorted by class, then by name, so a folder of images and tar files of the same images give the same tokens. Tar members are read in place, by offset; nothing is unpacked.
-
-# N images · H, W image height and width · X crops of an image
-
-
+log = logging.getLogger("orderlab")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 WORDNET_ID = re.compile(r"n\d{8}")
 VALIDATION_NAME = re.compile(r"(ILSVRC2012_val_\d{8})\S*?[,\s]+\"?(n\d{8})")
 MOST_DIGITS, MOST_ASPECT = 32, 100
 TEN_CROP = {"ten-crop-1.1": 1.1, "ten-crop-1.05": 1.05}
-log = logging.getLogger("orderlab")
 CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
+
+
+# The list
 
 
 @dataclass(frozen=True, order=True)
@@ -80,12 +80,11 @@ def list_images(images: Path, labels: dict[str, str] | None = None) -> list[Imag
     """
     if not images.exists():
         raise UserError(f"{images} does not exist; expected a folder of class folders (n01440764/...) or tar files of them")
-    files = [images] if images.is_file() else [Path(folder, name) for folder, names in _walk(images) for name in names]
     found = []
-    for file in files:
-        inside = PurePosixPath(file.relative_to(images).as_posix())
+    for inside in [PurePosixPath()] if images.is_file() else _files(images):
+        file = images / inside
         if file.suffix == ".tar":
-            found += list(_tar_members(file, labels or {}))
+            found += _tar_members(file, labels or {})
         elif file.suffix.lower() in SUFFIXES:
             number = file.with_suffix(".cls")
             with reading(number, "expected a class number"):
@@ -105,10 +104,13 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") and name not in (".", "..")
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+def _files(folder: Path) -> list[PurePosixPath]:
+    """The files below a folder, by their places in it, sorted; hidden ones and those in hidden folders are left out."""
+    found = []
     for place, folders, names in os.walk(folder, followlinks=True):  # ImageNet-100 is often a folder of links
         folders[:] = [name for name in folders if not is_hidden(name)]
-        yield place, [name for name in names if not is_hidden(name)]
+        found += [PurePosixPath(os.path.relpath(place, folder), name) for name in names if not is_hidden(name)]
+    return sorted(found)
 
 
 def _tar_members(file: Path, labels: dict[str, str]) -> list[ImageFile]:
@@ -149,10 +151,8 @@ def _class_of(inside: PurePosixPath, container: str, labels: dict[str, str], num
         if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", number):
             raise UserError(f"{inside} has a .cls that holds {number[:20]!r}; expected the number of its class")
         return str(int(number))
-    raise UserError(
-        f"{inside} has no class: expected a folder or tar file named by its WordNet id (n01440764), a .cls with its number beside it, "
-        "or --labels FILE for validation images"
-    )
+    expected = "a folder or tar file named by its WordNet id (n01440764), a .cls with its number beside it, or --labels FILE"
+    raise UserError(f"{inside} has no class: expected {expected} for validation images")
 
 
 def read_labels(file: Path) -> dict[str, str]:
@@ -201,10 +201,12 @@ def chosen_classes(name: str | None, images: Sequence[ImageFile], place: object)
     if found and not any(map(WORDNET_ID.fullmatch, found)):
         raise UserError(f"{place} numbers its classes (.cls files), and --classes {name} chooses them by WordNet id; leave it out")
     if absent := sorted(chosen - found):
-        raise UserError(
-            f"{place} has no image of {len(absent)} of {len(ids)} classes ({absent[0]}, ...) of --classes {name}; expected every class"
-        )
+        missing = f"{len(absent)} of {len(ids)} classes ({absent[0]}, ...)"
+        raise UserError(f"{place} has no image of {missing} of --classes {name}; expected every class")
     return class_numbers(ids, name), [image for image in images if image.wordnet_id in chosen]
+
+
+# Crops
 
 
 @dataclass(frozen=True)
@@ -217,9 +219,8 @@ class Crops:
     def __post_init__(self) -> None:
         unknown = [name for name in self.names.split(",") if name not in ("center", *TEN_CROP)]
         if unknown:
-            raise UserError(
-                f"--crops {self.names}: unknown '{unknown[0]}'; expected center, ten-crop-1.1 or ten-crop-1.05, with commas between"
-            )
+            expected = "center, ten-crop-1.1 or ten-crop-1.05, with commas between"
+            raise UserError(f"--crops {self.names}: unknown '{unknown[0]}'; expected {expected}")
 
     @property
     def views(self) -> list[str]:
@@ -234,14 +235,15 @@ class Crops:
 
     def cut(self, image: Image.Image, size: int) -> np.ndarray:
         """The views of one image, uint8 [X, size, size] (grey) or [X, size, size, 3]."""
-        return np.stack([np.asarray(view) for name in self.names.split(",") for view in self._cut_one(name, image, size)])
-
-    def _cut_one(self, name: str, image: Image.Image, size: int) -> list[Image.Image]:
-        if name == "center":
-            center = center_crop(image, size)
-            return [center, ImageOps.mirror(center)] if self.is_flipped else [center]
-        larger = center_crop(image, int(size * TEN_CROP[name]))
-        return five_crop(larger, size) + five_crop(ImageOps.mirror(larger), size)
+        views: list[Image.Image] = []
+        for name in self.names.split(","):
+            if name == "center":
+                center = center_crop(image, size)
+                views += [center, ImageOps.mirror(center)] if self.is_flipped else [center]
+            else:
+                larger = center_crop(image, int(size * TEN_CROP[name]))
+                views += five_crop(larger, size) + five_crop(ImageOps.mirror(larger), size)
+        return np.stack([np.asarray(view) for view in views])
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -262,14 +264,7 @@ def five_crop(image: Image.Image, size: int) -> list[Image.Image]:
     return [image.crop((left, top, left + size, top + size)) for left, top in places]
 
 
-def open_views(file: ImageFile, crops: Crops, size: int, channels: int) -> np.ndarray:
-    """Decode one image and cut its views: uint8 [X, size, size] for one channel, [X, size, size, 3] for three.
-
-    Raises `UserError` for a damaged image.
-    """
-    image = open_image(file, "RGB" if channels == 3 else "L")
-    with reading(file.place, "remove it"):
-        return crops.cut(image, size)
+# Reading
 
 
 def open_image(file: ImageFile, mode: Literal["RGB", "L"] = "RGB") -> Image.Image:
@@ -297,6 +292,35 @@ def _say_depth() -> None:
     log.warning("images of 16 bits a channel: their high byte is taken")
 
 
+def open_views(file: ImageFile, crops: Crops, size: int, channels: int) -> np.ndarray:
+    """The views of one image: uint8 [X, size, size] for one channel, [X, size, size, 3] for three. Raises `UserError` for a damaged image."""
+    image = open_image(file, "RGB" if channels == 3 else "L")
+    with reading(file.place, "remove it"):
+        return crops.cut(image, size)
+
+
+def read_image(file: ImageFile, size: int | None = None) -> np.ndarray:
+    """One image as uint8 [H, W, 3]; with `size`, ADM's centre crop of it."""
+    image = open_image(file)
+    with reading(file.place, "remove it"):
+        return np.asarray(image if size is None else center_crop(image, size))
+
+
+def as_three_channels(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W] or [N, H, W, 3] as [N, H, W, 3]."""
+    return np.repeat(images[..., None], 3, axis=3) if images.ndim == 3 else images
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """PNG without metadata."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+# Batches
+
+
 @dataclass(frozen=True)
 class ImageSource:
     """Images to come, batch by batch, in one order."""
@@ -308,45 +332,41 @@ class ImageSource:
     batches: Iterator[np.ndarray]
     """uint8 [batch, H, W, 3]"""
     class_names: ClassNames | None = None
-    """what the labels number; None where they are bare numbers, or there are none"""
+    """What the labels number; None where they are bare numbers, or there are none."""
 
 
 def image_batches(
     source: str | Path, batch: int, size: int | None = None, classes: str | None = None, labels: Path | None = None
 ) -> ImageSource:
-    """A folder of images (of one size, or cropped to `size` as ADM does), or a token set, decoded. Subfolders of images are classes; where all
-    their names are numbers, these are the labels. Hidden files and folders are left out. A flat folder is read in the order of its numbers.
+    """A folder of images (of one size, or cropped to `size` as ADM does), or a token set, decoded. Hidden files and folders are left out.
 
-    A tar file, a folder of them, and whatever `classes` and `labels` are given for, is listed as `orderlab tokenize` lists it.
+    Subfolders of images are classes; where all their names are numbers, these are the labels. A flat folder is read in the order of its
+    numbers. A tar file, a folder of them, and whatever `classes` and `labels` are given for, is listed as `orderlab tokenize` lists it.
     """
     source = Path(source)
     if size is not None and not 8 <= size <= 4096:
         raise UserError(f"--size {size}: expected 8 to 4096 pixels, or none")
     if (source / "meta.json").exists():
         return _from_tokens(TokenSet(source), batch)
-    if source.is_file() or classes or labels or next(source.rglob("*.tar"), None):
-        found, ranks = _listed(source, classes, labels)
-        return _from_files(found, batch, size, np.array([ranks[file.wordnet_id] for file in found]), names_of(ranks))
+    inside = _files(source)
+    if source.is_file() or classes or labels or any(file.suffix == ".tar" for file in inside):
+        listed = list_images(source, read_labels(labels) if labels else None)
+        ranks, images = chosen_classes(classes, listed, source)
+        return _from_files(images, batch, size, ranks)
     if not source.is_dir():
         raise UserError(f"{source} is no folder; expected a folder of images, a tar file of them or a token set")
-    inside = (file.relative_to(source) for file in sorted(source.rglob("*")))
-    files = [file for file in inside if file.suffix.lower() in SUFFIXES and not any(map(is_hidden, file.parts))]
+    files = [file for file in inside if file.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"{source} holds no images; expected files ending in {', '.join(SUFFIXES)}")
     folders = {file.parent for file in files}
     if len(folders) == 1:
-        return _from_files(sorted((_image("", source / file) for file in files), key=_number), batch, size, None, None)
-    if Path() in folders:
+        return _from_files(sorted((ImageFile("", file.name, str(source / file)) for file in files), key=_number), batch, size, None)
+    if PurePosixPath() in folders:
         raise UserError(f"{source} holds images and folders of images; expected images alone, or folders that are their classes")
     is_unique = len({folder.name for folder in folders}) == len(folders)
-    images = [_image(file.parent.name if is_unique else file.parent.as_posix(), source / file) for file in files]
+    images = [ImageFile(file.parent.name if is_unique else file.parent.as_posix(), file.name, str(source / file)) for file in files]
     ranks = class_numbers((image.wordnet_id for image in images), source)
-    images.sort(key=lambda image: (ranks[image.wordnet_id], image.name))
-    return _from_files(images, batch, size, np.array([ranks[image.wordnet_id] for image in images]), names_of(ranks))
-
-
-def _image(folder: str, file: Path) -> ImageFile:
-    return ImageFile(folder, file.name, str(file))
+    return _from_files(sorted(images, key=lambda image: (ranks[image.wordnet_id], image.name)), batch, size, ranks)
 
 
 def _number(image: ImageFile) -> tuple[int, str]:
@@ -355,14 +375,11 @@ def _number(image: ImageFile) -> tuple[int, str]:
     return (int(stem) if re.fullmatch(r"[0-9]{1,18}", stem) else -1, image.name)
 
 
-def _listed(source: Path, classes: str | None, labels: Path | None) -> tuple[list[ImageFile], dict[str, int]]:
-    """Images by WordNet id (or a shard's number), in folders or tar files, and the label of each class."""
-    ranks, found = chosen_classes(classes, list_images(source, read_labels(labels) if labels else None), source)
-    return found, ranks
-
-
-def _from_files(files: list[ImageFile], batch: int, size: int | None, labels_N: np.ndarray | None, names: ClassNames | None) -> ImageSource:
+def _from_files(files: list[ImageFile], batch: int, size: int | None, ranks: dict[str, int] | None) -> ImageSource:
+    """`ranks` are the labels of the classes, where there are any."""
     height, width, _ = shape = read_image(files[0], size).shape
+    labels_N = None if ranks is None else np.array([ranks[file.wordnet_id] for file in files])
+    names = None if ranks is None else names_of(ranks)
     return ImageSource(len(files), height, width, labels_N, _read(files, batch, size, shape), names)
 
 
@@ -377,9 +394,7 @@ def _read(files: list[ImageFile], batch: int, size: int | None, shape: tuple[int
 
 
 def _from_tokens(token_set: TokenSet, batch: int) -> ImageSource:
-    vq = tokenizer(token_set.meta.tokenizer, own_device())
-    if tokenizer_hash(vq) != token_set.meta.tokenizer_hash:
-        raise UserError(f"{token_set.folder} was made with another tokenizer than '{token_set.meta.tokenizer}' is now; tokenize again")
+    vq = tokenizer_of(token_set, device=own_device())
 
     def images(start: int, stop: int) -> np.ndarray:
         return as_three_channels(decode(vq, token_set.read(np.arange(start, stop))[1], token_set.meta.grid))
@@ -388,22 +403,3 @@ def _from_tokens(token_set: TokenSet, batch: int) -> ImageSource:
     height, width = images(0, 1).shape[1:3]
     batches = (images(start, min(start + batch, count)) for start in range(0, count, batch))
     return ImageSource(count, height, width, np.asarray(token_set.labels), batches, token_set.class_names)
-
-
-def as_three_channels(images: np.ndarray) -> np.ndarray:
-    """uint8 [N,H,W] or [N,H,W,3] as [N,H,W,3]."""
-    return np.repeat(images[..., None], 3, axis=3) if images.ndim == 3 else images
-
-
-def read_image(file: ImageFile, size: int | None = None) -> np.ndarray:
-    """One image as uint8 [H,W,3]; with `size`, ADM's centre crop of it."""
-    image = open_image(file)
-    with reading(file.place, "remove it"):
-        return np.asarray(image if size is None else center_crop(image, size))
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """PNG without metadata."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()

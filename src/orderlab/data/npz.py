@@ -2,27 +2,28 @@
 
 50,000 images of 256x256 are 9.8 GB and are never held: the reader walks the zip member, the writer fills it as batches come. Beside `arr_0`
 our own files carry `arr_1` (labels) and `orderlab` (a JSON text saying how the images were made); the ADM evaluator ignores both. Nothing
-in a file is executed, and every byte that becomes a number has passed the archive's checksum before `rows` or `array` ends.
-
-N images · H, W pixels
+in a file is executed, and every byte that becomes a number has passed the archive's checksum before `images` or `array` ends.
 """
+
+# N images · H, W pixels · C channels
 
 from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Literal
 
 import numpy as np
 
 from orderlab.config import UserError, reading
-from orderlab.runtime.files import atomic, check_replaceable, faults, sweep
+from orderlab.runtime.files import atomic, check_replaceable, faults, npy_header, sweep
 
 NOTE = "orderlab"
+ADVICE = "expected a whole npz file, make or fetch it again"
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_array(file: Path, advice: str, mmap_mode: Literal["r", "r+"] | None = None) -> np.ndarray:
@@ -39,17 +40,17 @@ class NpzFile:
 
     def __init__(self, file: str | Path):
         self.file = Path(file)
-        with self._faults():
+        with reading(self.file, ADVICE):
             self._zip = zipfile.ZipFile(self.file)
-            names = [info.filename for info in self._zip.infolist()]
-        self.names = [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
-        if len(set(names)) != len(names):
+            members = self._zip.namelist()
+        self.names = [name.removesuffix(".npy") for name in members if name.endswith(".npy")]
+        if len(set(members)) != len(members):
             raise UserError(f"{self.file} holds a member twice; it is damaged, make or fetch it again")
 
     def __enter__(self) -> NpzFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._zip.close()
 
     def __contains__(self, name: str) -> bool:
@@ -63,13 +64,12 @@ class NpzFile:
 
     def array(self, name: str, ndim: int) -> np.ndarray:
         """A whole numeric array of so many axes."""
-        with self._member(name) as (handle, shape, dtype):
-            if len(shape) != ndim:
-                raise UserError(f"{self.file}: {name} has shape {list(shape)}; expected {ndim} axes")
-            with self._faults():
-                array = np.frombuffer(self._bytes(handle, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize), dtype).reshape(shape)
-                self._end(handle, name)
-        return array.astype(dtype.newbyteorder("="))
+        handle, shape, dtype = self._open(name)
+        if len(shape) != ndim:
+            raise UserError(f"{self.file}: {name} has shape {list(shape)}; expected {ndim} axes")
+        with handle, reading(self.file, ADVICE):
+            content = _read(handle, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, is_end=True)
+            return np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
     def note(self) -> dict[str, Any]:
         """What `orderlab` wrote about how the images were made; empty for other programs' files."""
@@ -77,14 +77,14 @@ class NpzFile:
             return {}
         with reading(f"{self.file}: its {NOTE} member", "the file is damaged, make it again"):
             note = json.loads(self.array(NOTE, 1).tobytes())
-        if not isinstance(note, dict):
-            raise UserError(f"{self.file}: its {NOTE} member is no JSON object; the file is damaged, make it again")
-        return note
+            if not isinstance(note, dict):
+                raise ValueError("no JSON object")
+            return note
 
     def image_shape(self, name: str = "arr_0") -> tuple[int, int, int, int]:
         """[N, H, W, C] of the images, from the header alone; UserError for floats, NCHW and anything else that is not uint8 NHWC."""
-        with self._member(name) as (_, shape, dtype):
-            pass
+        handle, shape, dtype = self._open(name)
+        handle.close()
         if dtype != np.uint8:
             raise UserError(f"{self.file}: {name} holds {dtype} images; expected uint8 in 0..255, scale, round and convert them first")
         if len(shape) != 4 or shape[3] not in (1, 3) or min(shape) < 1:
@@ -93,15 +93,14 @@ class NpzFile:
 
     def images(self, batch: int, name: str = "arr_0") -> Iterator[np.ndarray]:
         """uint8 batches [batch, H, W, C] in the file's order; the last may be short. Ends with UserError if the data are not whole."""
-        count, *rest = self.image_shape(name)
-        size, highest = int(np.prod(rest, dtype=np.int64)), 0
-        with self._member(name) as (handle, _, _):
+        count, *sizes = self.image_shape(name)
+        highest = 0
+        with self._open(name)[0] as handle:
             for start in range(0, count, batch):
                 rows = min(batch, count - start)
-                with self._faults():
-                    images = np.frombuffer(self._bytes(handle, rows * size), np.uint8).reshape(rows, *rest).copy()
-                    if start + rows == count:
-                        self._end(handle, name)
+                with reading(self.file, ADVICE):
+                    content = _read(handle, rows * int(np.prod(sizes)), is_end=start + rows == count)
+                images = np.frombuffer(content, np.uint8).reshape(rows, *sizes).copy()
                 highest = max(highest, int(images.max()))
                 yield images
         if highest <= 1:
@@ -113,85 +112,55 @@ class NpzFile:
             return None
         labels_N = self.array("arr_1", 1)
         if labels_N.dtype.kind not in "iu" or len(labels_N) != count:
-            raise UserError(
-                f"{self.file}: arr_1 holds {labels_N.dtype} {list(labels_N.shape)}; expected integer labels, one an image ({count})"
-            )
+            expected = f"expected integer labels, one an image ({count})"
+            raise UserError(f"{self.file}: arr_1 holds {labels_N.dtype} {list(labels_N.shape)}; {expected}")
         return labels_N.astype(np.int64)
 
-    @contextmanager
-    def _member(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
+    def _open(self, name: str) -> tuple[IO[bytes], tuple[int, ...], np.dtype]:
+        """A member's numbers to read, and their shape and type."""
         self.require(name, why="expected ADM's layout, arr_0 for images and mu, sigma, mu_s, sigma_s for statistics")
-        with self._faults():
-            info = self._zip.getinfo(f"{name}.npy")
-            handle = self._zip.open(info)
-        try:
-            with self._faults():
-                shape, is_fortran, dtype = _header(handle)
-                if dtype.kind not in "biuf" or is_fortran:
-                    raise UserError(f"{self.file}: {name} holds {dtype}{' in Fortran order' * is_fortran}; expected numbers in C order")
-                size = int(np.prod([int(s) for s in shape], dtype=object)) * dtype.itemsize
-                if info.file_size - handle.tell() != size:
-                    raise ValueError(f"{name} has {info.file_size - handle.tell()} bytes where its shape {list(shape)} needs {size}")
-            yield handle, shape, dtype
-        finally:
-            handle.close()
-
-    def _bytes(self, handle: IO[bytes], count: int) -> bytes:
-        content = handle.read(count)
-        if len(content) != count:
-            raise EOFError(f"{count - len(content)} bytes are missing")
-        return content
-
-    def _end(self, handle: IO[bytes], name: str) -> None:
-        if handle.read(1):  # reaching the end is what makes zipfile compare the checksum
-            raise ValueError(f"{name} is longer than its shape says")
-
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise UserError(f"{self.file} does not exist; check the path") from None
-        except UserError:
-            raise
-        except Exception as error:  # zipfile, zlib and numpy's header parser raise anything on damaged bytes
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise UserError(f"{self.file} is truncated, damaged or not an npz file ({reason}); make or fetch it again") from None
+        with reading(self.file, ADVICE):
+            handle = self._zip.open(f"{name}.npy")
+            version = np.lib.format.read_magic(handle)
+            if version not in HEADERS:
+                raise ValueError(f"npy version {version[0]}.{version[1]}")
+            shape, is_fortran, dtype = HEADERS[version](handle)
+            if dtype.kind not in "biuf" or is_fortran:
+                raise UserError(f"{self.file}: {name} holds {dtype}{' in Fortran order' * is_fortran}; expected numbers in C order")
+            size = int(np.prod([int(side) for side in shape], dtype=object)) * dtype.itemsize
+            found = self._zip.getinfo(f"{name}.npy").file_size - handle.tell()
+            if found != size or min(shape, default=0) < 0:
+                raise ValueError(f"{name} has {found} bytes where its shape {list(shape)} needs {size}")
+            return handle, shape, dtype
 
 
-def _header(handle: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(handle)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"npy version {version[0]}.{version[1]}")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read(handle)
-    if min(shape, default=0) < 0:
-        raise ValueError(f"shape {list(shape)}")
-    return shape, is_fortran, dtype
+def _read(handle: IO[bytes], count: int, is_end: bool) -> bytes:
+    content = handle.read(count)
+    if len(content) != count:
+        raise EOFError(f"{count - len(content)} bytes are missing")
+    if is_end and handle.read(1):  # reaching the end is what makes zipfile compare the checksum
+        raise ValueError("a member is longer than its shape says")
+    return content
 
 
-class NpzWriter:
+class NpzWriter(ExitStack):
     """An npz written member by member and batch by batch; the file appears whole under its name, or not at all.
 
     Raises `UserError` for a file that orderlab did not make, known by its note.
     """
 
     def __init__(self, file: str | Path):
+        super().__init__()
         self.file = Path(file)
 
     def __enter__(self) -> NpzWriter:
         check_replaceable(self.file)
         sweep(self.file, is_held=False)
-        self._stack = ExitStack()
-        handle = self._stack.enter_context(atomic(self.file))
-        self._zip = zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._stack.push(self._close)
+        self._zip = zipfile.ZipFile(self.enter_context(atomic(self.file)), "w", zipfile.ZIP_STORED, allowZip64=True)
+        self.push(self._close)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.__exit__(kind, error, trace)
-
-    def _close(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def _close(self, kind: object, error: object, trace: object) -> None:
         with suppress(Exception) if error is not None else faults(self.file):
             self._zip.close()
 
@@ -205,20 +174,18 @@ class NpzWriter:
         self.array(NOTE, np.frombuffer(json.dumps(note).encode(), np.uint8))
 
     @contextmanager
-    def rows(self, name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> Iterator[Any]:
+    def rows(self, name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> Iterator[Callable[[np.ndarray], None]]:
         """Yields `add(batch)`; the batches together must have `shape`."""
         written = 0
         with faults(self.file):
             handle = self._zip.open(f"{name}.npy", "w", force_zip64=True)
-            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
-            np.lib.format.write_array_header_1_0(handle, header)
+            npy_header(handle, shape, dtype)
 
         def add(batch: np.ndarray) -> None:
             nonlocal written
             if batch.dtype != dtype or batch.shape[1:] != tuple(shape[1:]):
-                raise UserError(
-                    f"{self.file}: a batch of {batch.dtype} {list(batch.shape)} does not fit {name}, {np.dtype(dtype)} {list(shape)}"
-                )
+                found, expected = f"{batch.dtype} {list(batch.shape)}", f"{np.dtype(dtype)} {list(shape)}"
+                raise UserError(f"{self.file}: a batch of {found} does not fit {name}, {expected}")
             with faults(self.file):
                 handle.write(np.ascontiguousarray(batch).tobytes())
             written += len(batch)

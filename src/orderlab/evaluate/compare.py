@@ -21,7 +21,7 @@ from PIL import Image
 from orderlab.config import UserError
 from orderlab.data.imagenet import Labels, in_numbering_of
 from orderlab.data.images import png_bytes
-from orderlab.data.prepare import decode, token_sets, tokenizer
+from orderlab.data.tokens import decode, token_sets, tokenizer
 from orderlab.evaluate.distances import frechet_distance_to, mmd
 from orderlab.evaluate.measure import inception_score, spread
 from orderlab.evaluate.neighbours import precision_recall

@@ -19,8 +19,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from orderlab.config import LEARNED, PATHLESS, UserError
-from orderlab.data.prepare import token_sets
-from orderlab.data.tokens import TokenSet, evenly_spaced
+from orderlab.data.tokens import TokenSet, evenly_spaced, token_sets
 from orderlab.evaluate.distances import image_set, keep_per_image
 from orderlab.models.gpt import GPT, MaskedModel
 from orderlab.models.order_head import OrderedGPT

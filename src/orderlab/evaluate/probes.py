@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from orderlab.config import OrderHeadTask, RunConfig
-from orderlab.data.prepare import token_sets
-from orderlab.data.tokens import evenly_spaced
+from orderlab.data.tokens import evenly_spaced, token_sets
 from orderlab.evaluate.likelihood import result_key
 from orderlab.models.gpt import GPT, MaskedModel
 from orderlab.models.order_head import OrderedGPT

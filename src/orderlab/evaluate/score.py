@@ -21,8 +21,7 @@ from orderlab.data.fashion import CLASSES
 from orderlab.data.imagenet import ClassNames, Labels, in_numbering_of, read_names
 from orderlab.data.images import SUFFIXES, image_batches
 from orderlab.data.npz import NpzFile
-from orderlab.data.prepare import decode, fashion_images, token_sets, tokenizer
-from orderlab.data.tokens import TokenSet
+from orderlab.data.tokens import TokenSet, decode, fashion_images, token_sets, tokenizer
 from orderlab.evaluate.distances import frechet_distance_from_features, image_set, keep_per_image, mmd
 from orderlab.evaluate.measure import Measured, Options, measure_images, reconstruction, records, scores, warnings
 from orderlab.evaluate.networks import EfficientNetLite0, FashionFeatures, FeatureExtractor, default_network

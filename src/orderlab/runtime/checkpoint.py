@@ -1,8 +1,8 @@
 """The state from which training goes on, bit for bit: weights, their moving average and AdamW's moments in one safetensors file.
 
-No random state is stored, because none exists between two steps: every draw is keyed by (seed, images seen). The file is
-replaced atomically, so a kill in the middle of a save leaves the previous one; the one before stays beside it, for a file that
-the disk damages later. Sharded tensors are stored whole, so any number of processes can go on.
+No random state is stored, because none exists between two steps: every draw is keyed by (seed, images seen). Sharded tensors are
+stored whole, so any number of processes can go on. The file is replaced atomically, and the state before it stays beside it for
+a file that the disk damages later.
 """
 
 from __future__ import annotations
@@ -26,11 +26,6 @@ from orderlab.runtime.files import second_name, write_atomically
 log = logging.getLogger("orderlab")
 
 
-def previous(file: Path) -> Path:
-    """Where the state before this one lies."""
-    return file.with_name(f"{file.stem}-previous{file.suffix}")
-
-
 def save_state(
     file: Path, model: nn.Module, ema: AveragedModel | None, optimizer: torch.optim.Optimizer, images: int, is_writer: bool = True
 ) -> None:
@@ -43,15 +38,10 @@ def save_state(
     tensors = {name: whole(tensor.detach()).cpu().contiguous().clone() for name, tensor in tensors.items()}
     if is_writer:
         content = save(tensors, {"images": str(images)})
-        _keep(file)
+        if file.exists():
+            with suppress(OSError, SafetensorError), safe_open(file, framework="pt"):  # only a whole one is worth keeping
+                second_name(file, _previous(file))  # a file system without links keeps one state
         write_atomically(file, content)
-
-
-def _keep(file: Path) -> None:
-    """A second name for the present state, when it is whole; its first name is then replaced."""
-    if file.exists():
-        with suppress(OSError, SafetensorError), safe_open(file, framework="pt"):
-            second_name(file, previous(file))  # a file system without links keeps one state
 
 
 @dataclass(frozen=True)
@@ -74,22 +64,24 @@ class State:
     def load_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Restore AdamW's state, where its parameters lie and split as they are."""
         for name, parameter in model.named_parameters():
-            state = _below(self.tensors, f"optim.{name}.")
-            if state:
-                optimizer.state[parameter] = {key: _like(value, parameter, key) for key, value in state.items()}
+            if state := _below(self.tensors, f"optim.{name}."):
+                optimizer.state[parameter] = {key: _placed(value, parameter, key) for key, value in state.items()}
 
 
 def read_state(file: Path) -> State:
     """Read a state, or the one before where it is damaged (with a line to say so). Raises `UserError` when neither is whole."""
     try:
         return _read(file)
-    except UserError as damage:
-        try:
-            state = _read(previous(file))
-        except UserError:
-            raise damage from None
-        log.warning("training state %s is damaged; going on from the one before, at %d images", file, state.images)
-        return state
+    except UserError:
+        with suppress(UserError):
+            state = _read(_previous(file))
+            log.warning("training state %s is damaged; going on from the one before, at %d images", file, state.images)
+            return state
+        raise
+
+
+def _previous(file: Path) -> Path:
+    return file.with_name(f"{file.stem}-previous{file.suffix}")
 
 
 def _read(file: Path) -> State:
@@ -101,15 +93,14 @@ def _read(file: Path) -> State:
         raise UserError(f"training state {file} is damaged ({str(error)[:80]}); delete it to train this run from the start") from None
 
 
-def _like(value: Tensor, parameter: Tensor, key: str) -> Tensor:
+def _placed(value: Tensor, parameter: Any, key: str) -> Tensor:
     """On the parameter's device (fused AdamW counts its steps there too), split over processes as the parameter is."""
     value = value.to(parameter.device)
-    placed: Any = parameter
     if key == "step" or not hasattr(parameter, "device_mesh"):
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import distribute_tensor  # slow to import
 
-    return distribute_tensor(value, placed.device_mesh, placed.placements)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

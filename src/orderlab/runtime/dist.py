@@ -1,4 +1,10 @@
-"""One process or many: rank, device, process group and autocast, from the environment that `torchrun` sets."""
+"""Where work runs: keys of randomness that are the same everywhere, one process or many as `torchrun` set them up, and jobs on Slurm.
+
+Every draw comes from a generator made of what it is for, never from a global stream: `generator("order", seed, images_seen)` is the
+same on every machine, for every number of processes and after every resume. A job is one process a GPU, like torchrun's, given to
+Slurm or this machine by submitit (the extra `[slurm]`); Slurm's warning before the end makes training save and stop, and the job
+then asks to be queued again and, as every command here, goes on where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +26,19 @@ from torch import Tensor
 
 from orderlab.config import PeersLost, UserError
 
-# MERGED FROM runtime.keys: Keys of randomness: every draw comes from a generator made of what it is for, never from a global stream. `generator("order", seed, images_seen)` is the same on every machine, for every number of processes and after every resume.
+LOST = re.compile(
+    r"[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|[Tt]imed out|ncclRemoteError|communicator was aborted", re.ASCII
+)
+"""What gloo, NCCL and their sockets say when a peer is gone; all else that they say is a fault of its own."""
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for one that lists or encodes a data set for all; a collective of the step waits torch's own ten minutes."""
+WARNING_SECONDS = 120  # between Slurm's warning and the end
+WHOLE_NUMBERS = {"time", "nodes", "ntasks_per_node", "cpus_per_task", "cpus_per_gpu", "signal_delay_s", "array_parallelism"}
+"""Settings that submitit counts with; every other is handed on as it is typed (an account may be 00123)."""
+_patient: list[Any] = []  # the group that waits so long, while there is one
+
+
+# Keys of randomness
 
 
 def key(*parts: str | int) -> int:
@@ -39,13 +57,7 @@ def image_seeds(seed: int, images: range) -> list[int]:
     return [key("sample", seed, i) for i in images]
 
 
-LOST = re.compile(
-    r"[Cc]onnection (was )?(closed|reset|refused|aborted)|Broken pipe|[Tt]imed out|ncclRemoteError|communicator was aborted", re.ASCII
-)
-"""What gloo, NCCL and their sockets say when a peer is gone; all else that they say is a fault of its own."""
-PATIENCE = timedelta(hours=12)
-"""How long processes wait for one that lists or encodes a data set for all; a collective of the step waits torch's own ten minutes."""
-_patient: list[Any] = []  # the group that waits so long, while there is one
+# Processes
 
 
 @dataclass(frozen=True)
@@ -88,11 +100,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on every process when it is true on one. The flag stays on the CPU (gloo): a GPU is not waited for."""
-        if self.size == 1:
-            return flag
-        tensor = torch.tensor(float(flag))
-        dist.all_reduce(tensor)
-        return bool(tensor)
+        return bool(self.sum(torch.tensor(float(flag))))
 
     def wait(self) -> None:
         """Wait until this process's device has done what it was given."""
@@ -141,10 +149,8 @@ def world() -> Iterator[World]:
     except RuntimeError as error:
         if size == 1 or not (isinstance(error, dist.DistNetworkError) or LOST.search(str(error))):
             raise
-        raise PeersLost(
-            f"process {rank} of {size} lost the others ({str(error).splitlines()[0][:100]}): one was killed or failed, see its own line; "
-            "the same command goes on from the last checkpoint"
-        ) from None
+        advice = "one was killed or failed, see its own line; the same command goes on from the last checkpoint"
+        raise PeersLost(f"process {rank} of {size} lost the others ({str(error).splitlines()[0][:100]}): {advice}") from None
     finally:
         if joins and dist.is_initialized():
             gc.collect()  # DDP's reducers lie in cycles; one that outlives its group may abort the process at exit
@@ -163,11 +169,43 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-# MERGED FROM runtime.launch: Work given to a cluster: submitit jobs on Slurm, or the same on this machine, requeued after preemption. A job is one process a GPU, like torchrun's. Slurm's warning (SIGUSR2 before the time limit, SIGTERM at preemption) makes training save and stop; the job then asks to be queued again and, as every command here, goes on where it stopped. submitit is the extra `[slurm]`; nothing else needs it.
+# Jobs
 
-WARNING_SECONDS = 120  # between Slurm's warning and the end
-WHOLE_NUMBERS = {"time", "nodes", "ntasks_per_node", "cpus_per_task", "cpus_per_gpu", "signal_delay_s", "array_parallelism"}
-"""Settings that submitit counts with; every other is handed on as it is typed (an account may be 00123)."""
+
+@dataclass(frozen=True)
+class Settings:
+    """Where jobs run."""
+
+    folder: Path
+    """Scripts and logs of the jobs; on a file system that all nodes see"""
+    gpus: int = 4
+    """Processes of a job, one a GPU"""
+    minutes: int = 24 * 60
+    name: str = "orderlab"
+    slurm: tuple[str, ...] = ()
+    """sbatch's own settings as key=value: partition, account, qos, constraint, mem, cpus_per_task, ..."""
+
+    def slurm_parameters(self) -> dict[str, Any]:
+        """As submitit's Slurm executor takes them. Raises `UserError` for what it does not know."""
+        parameters: dict[str, Any] = {
+            "job_name": self.name,
+            "time": self.minutes,
+            "nodes": 1,
+            "ntasks_per_node": self.gpus,
+            "gpus_per_node": self.gpus,
+            "cpus_per_task": 8,
+            "signal_delay_s": WARNING_SECONDS,
+            "additional_parameters": {"requeue": True},
+        }
+        for item in self.slurm:
+            name, equals, value = item.partition("=")
+            if not equals:
+                raise UserError(f"--slurm {item}: expected key=value, such as partition=gpu or account=vision")
+            name = name.replace("-", "_")
+            if name in WHOLE_NUMBERS and not (re.fullmatch(r"[0-9]{1,9}", value) and int(value)):
+                raise UserError(f"--slurm {item}: expected a whole number above 0{' of minutes' if name == 'time' else ''}")
+            parameters[name] = int(value) if name in WHOLE_NUMBERS else value
+        return parameters
 
 
 @dataclass
@@ -196,47 +234,6 @@ class Job:
         return DelayedSubmission(self)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Where jobs run."""
-
-    folder: Path
-    """Scripts and logs of the jobs; on a file system that all nodes see"""
-    gpus: int = 4
-    """Processes of a job, one a GPU"""
-    minutes: int = 24 * 60
-    name: str = "orderlab"
-    slurm: tuple[str, ...] = ()
-    """sbatch's own settings as key=value: partition, account, qos, constraint, mem, cpus_per_task, ..."""
-
-    def slurm_parameters(self) -> dict[str, Any]:
-        """As submitit's Slurm executor takes them. Raises `UserError` for what it does not know."""
-        given: dict[str, Any] = {}
-        for item in self.slurm:
-            key, equals, value = item.partition("=")
-            if not equals:
-                raise UserError(f"--slurm {item}: expected key=value, such as partition=gpu or account=vision")
-            name = key.replace("-", "_")
-            given[name] = _whole(item, value) if name in WHOLE_NUMBERS else value
-        defaults = {
-            "job_name": self.name,
-            "time": self.minutes,
-            "nodes": 1,
-            "ntasks_per_node": self.gpus,
-            "gpus_per_node": self.gpus,
-            "cpus_per_task": 8,
-            "signal_delay_s": WARNING_SECONDS,
-            "additional_parameters": {"requeue": True},
-        }
-        return {**defaults, **given}
-
-
-def _whole(item: str, value: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", value) or not int(value):
-        raise UserError(f"--slurm {item}: expected a whole number above 0{' of minutes' if item.startswith('time=') else ''}")
-    return int(value)
-
-
 def sbatch_script(settings: Settings, jobs: int) -> str:
     """The script that `submit` would hand to sbatch, an array when there are several jobs. Needs no Slurm."""
     executor = _slurm_executor(settings, is_anywhere=True)
@@ -250,9 +247,8 @@ def submit(settings: Settings, work: Sequence[Callable[[], str]], is_local: bool
     submitit = _submitit()
     if is_local:
         executor = submitit.LocalExecutor(settings.folder, max_num_timeout=3)
-        executor.update_parameters(
-            tasks_per_node=settings.gpus, timeout_min=settings.minutes, signal_delay_s=min(WARNING_SECONDS, 30 * settings.minutes)
-        )
+        warning = min(WARNING_SECONDS, 30 * settings.minutes)
+        executor.update_parameters(tasks_per_node=settings.gpus, timeout_min=settings.minutes, signal_delay_s=warning)
     else:
         executor = _slurm_executor(settings, is_anywhere=False)
     try:
@@ -279,9 +275,8 @@ def _slurm_executor(settings: Settings, is_anywhere: bool) -> Any:
     try:
         executor.update_parameters(**settings.slurm_parameters())
     except (ValueError, NameError, TypeError) as error:
-        raise UserError(
-            f"--slurm: {str(error).splitlines()[0][:160]}; known keys: partition, account, qos, constraint, mem, time, ..."
-        ) from None
+        known = "known keys: partition, account, qos, constraint, mem, time, ..."
+        raise UserError(f"--slurm: {str(error).splitlines()[0][:160]}; {known}") from None
     return executor
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -60,9 +59,8 @@ def faults(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {file}: {error.strerror or error}; the previous file is unchanged, free some space or pick another folder"
-        ) from None
+        advice = "the previous file is unchanged, free some space or pick another folder"
+        raise UserError(f"cannot write {file}: {error.strerror or error}; {advice}") from None
 
 
 # What changes the disk: one function each, so that a test can let the n-th of them fail.
@@ -107,7 +105,6 @@ def atomic(file: Path) -> Iterator[BinaryIO]:
     file = Path(file)
     make_folder(file.parent)
     temporary = _part(file)
-    is_done = False
     with faults(file):
         handle = open(temporary, "wb")  # noqa: SIM115
     try:
@@ -116,13 +113,12 @@ def atomic(file: Path) -> Iterator[BinaryIO]:
             _flush(handle)
             handle.close()
             _rename(temporary, file)
-        is_done = True
-    finally:
+    except BaseException:
         with suppress(OSError):
             handle.close()
-        if not is_done:
-            with suppress(OSError):
-                _remove(temporary)
+        with suppress(OSError):
+            _remove(temporary)
+        raise
 
 
 def write_atomically(file: Path, content: bytes | str) -> None:
@@ -146,6 +142,12 @@ def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(handle, **arrays)  # pyrefly: ignore [bad-argument-type]
 
 
+def npy_header(handle: IO[bytes], shape: tuple[int, ...], dtype: np.dtype | type) -> None:
+    """The head of an .npy of `shape`, whose rows are written after it."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(handle, header)
+
+
 @contextmanager
 def array_rows(file: Path, shape: tuple[int, ...], dtype: type) -> Iterator[Callable[[np.ndarray], None]]:
     """Yields `add(rows)`, which writes an .npy of `shape` without holding it."""
@@ -156,14 +158,14 @@ def array_rows(file: Path, shape: tuple[int, ...], dtype: type) -> Iterator[Call
                 handle.write(np.ascontiguousarray(rows, dtype).tobytes())
 
         with faults(file):
-            _write_header(handle, shape, dtype)
+            npy_header(handle, shape, dtype)
         yield add
 
 
 def empty_array(file: Path, shape: tuple[int, ...], dtype: type) -> None:
     """An .npy of zeros that takes its room on the disk as `write_rows` fills it."""
     with atomic(file) as handle, faults(file):
-        _write_header(handle, shape, dtype)
+        npy_header(handle, shape, dtype)
         handle.truncate(handle.tell() + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
 
 
@@ -174,11 +176,6 @@ def write_rows(file: Path, first: int, rows: np.ndarray) -> None:
         handle.seek(first * array[:1].nbytes - array.nbytes, os.SEEK_END)
         handle.write(np.ascontiguousarray(rows).tobytes())
         _flush(handle)
-
-
-def _write_header(handle: BinaryIO, shape: tuple[int, ...], dtype: type) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
-    np.lib.format.write_array_header_1_0(handle, header)
 
 
 def append_line(file: Path, record: Any, is_synced: bool = False) -> None:
@@ -207,7 +204,7 @@ def add_to_json(file: Path, entries: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def rename(source: Path, target: Path) -> None:
+def give_name(source: Path, target: Path) -> None:
     """Give a file or folder of ours its name; an empty folder may be in its place."""
     with faults(target):
         _rename(source, target)
@@ -248,7 +245,7 @@ class FolderKind:
     name: str
     files: tuple[str, ...]
     mark: str | None = None
-    """a JSON file that has `keys`"""
+    """A JSON file that has `keys`."""
     keys: tuple[str, ...] = ()
 
 
@@ -278,31 +275,23 @@ def check_replaceable(target: Path, *inputs: Path, kind: FolderKind | None = Non
         raise UserError(f"{target} is a file; expected a folder to write")
     if place == Path.cwd() or place in Path.cwd().parents:
         raise UserError(f"{target} is the current folder or around it; name a new folder")
-    names = [path.name for path in place.iterdir() if not _is_part(path.name)]
+    names = [path.name for path in place.iterdir() if path.name != ".lock" and not PART.fullmatch(path.name)]
     foreign = [name for name in sorted(names) if not any(fnmatch(name, pattern) for pattern in kind.files)]
     if names and (foreign or not _has_mark(place, kind)):
-        raise UserError(
-            f"{target} holds {(foreign or sorted(names))[0]}, which is no part of a {kind.name} that this command made; nothing was changed: "
-            "name another folder, or empty this one"
-        )
+        found = f"{(foreign or sorted(names))[0]}, which is no part of a {kind.name} that this command made"
+        raise UserError(f"{target} holds {found}; nothing was changed: name another folder, or empty this one")
 
 
 def _edges(file: Path) -> bytes:
-    try:
-        with open(file, "rb") as handle:
-            head = handle.read(EDGE)
-            handle.seek(max(0, file.stat().st_size - EDGE))
-            return head + handle.read(EDGE)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); name another file to write") from None
+    with reading(file, "name another file to write"), open(file, "rb") as handle:
+        head = handle.read(EDGE)
+        handle.seek(max(0, file.stat().st_size - EDGE))
+        return head + handle.read(EDGE)
 
 
 def _has_mark(folder: Path, kind: FolderKind) -> bool:
-    if kind.mark is None:
-        return True
-    with suppress(UserError, OSError, TypeError):
-        content = read_json(folder / kind.mark)
-        return all(key in content for key in kind.keys)
+    with suppress(UserError):
+        return kind.mark is None or set(kind.keys) <= read_json(folder / kind.mark).keys()
     return False
 
 
@@ -362,58 +351,32 @@ def locked(lock: Path, busy: str = "", *, waits: bool = False, swept: Sequence[P
     """
     held = _acquire(lock, busy, waits)
     try:
-        if held is not None:
-            for place in swept:
-                sweep(place)
+        for place in swept if held else ():
+            sweep(place)
         yield
     finally:
-        if held is not None:
-            with suppress(OSError):
+        with suppress(OSError):
+            if held:
                 held.release()
 
 
-def _acquire(file: Path, busy: str, waits: bool) -> Any:
-    """The lock; None where the file system has none."""
+def _acquire(file: Path, busy: str, waits: bool) -> FileLock | None:
+    """The lock; None where the file system has none. It is the operating system's: a file that stands for one would outlive a killed process."""
     make_folder(file.parent)
-    lock = _file_lock(file)
-    try:
-        lock.acquire(timeout=0)
-        return lock
-    except Timeout:
-        if not _can_lock(file.parent):  # older releases of filelock take every refusal for a holder
-            return _without_lock("no answer")
-    except NotImplementedError:
-        return _without_lock(os.strerror(errno.ENOSYS))
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            return _without_lock(str(error.strerror))
-        with faults(file):
-            raise
-    if not waits:
-        raise UserError(busy)
-    log.info("waiting for %s, which another process holds", file)
+    lock = FileLock(file, fallback_to_soft=False)
     with faults(file):
-        lock.acquire(timeout=-1)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not waits:
+                raise UserError(busy) from None
+            log.info("waiting for %s, which another process holds", file)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+                raise
+            return _without_lock(os.strerror(getattr(error, "errno", errno.ENOSYS)))
     return lock
-
-
-def _file_lock(file: Path) -> Any:
-    """A lock of the operating system: a file that stands for one would outlive a killed process. Older releases know no other kind."""
-    has_other_kind = "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
-    return FileLock(file, fallback_to_soft=False) if has_other_kind else FileLock(file)
-
-
-def _can_lock(folder: Path) -> bool:
-    """Whether a file that nobody else knows can be locked here."""
-    probe = folder / f".{secrets.token_hex(8)}.lock"
-    try:
-        with _file_lock(probe).acquire(timeout=0):
-            return True
-    except (OSError, NotImplementedError):
-        return False
-    finally:
-        with suppress(OSError):
-            _remove(probe)
 
 
 @lru_cache(maxsize=1)
@@ -438,29 +401,20 @@ def sweep(place: Path, is_held: bool = True) -> None:
                 _remove(path)
 
 
-def _is_part(name: str) -> bool:
-    return name == ".lock" or PART.fullmatch(name) is not None
-
-
 def _is_alive(pid: int, token: str) -> bool:
     if pid == os.getpid():
         return token.startswith(PROCESS)
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno != errno.ESRCH  # another user's is alive too
     return True
 
 
 def file_sha256(file: Path) -> str:
     """64 hex digits of a file's content. Raises UserError when it cannot be read."""
-    digest = hashlib.sha256()
     try:
         with open(file, "rb") as handle:
-            while piece := handle.read(2**20):
-                digest.update(piece)
+            return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}); check the path") from None
-    return digest.hexdigest()

@@ -21,7 +21,6 @@ from types import FrameType
 from typing import Any, ClassVar
 
 import torch
-from pydantic import ValidationError
 
 from orderlab.config import EXECUTION_KNOBS, PATH_KNOBS, RunConfig, UserError, reading
 from orderlab.runtime.files import append_line, locked, read_json, write_atomically, write_json
@@ -68,21 +67,16 @@ class RunFolder:
     def starts(self) -> list[dict[str, Any]]:
         """Where and with what versions the run was trained: an entry for each start."""
         file = self.root / "env.json"
-        if not file.exists():
-            return []
-        found = read_json(file, (dict, list))
+        found = read_json(file, (dict, list)) if file.exists() else []
         return found if isinstance(found, list) else [found]
 
     def config(self) -> RunConfig:
         file = self.root / "config.json"
         if not file.exists():
-            raise UserError(
-                f"{self.root} is no run folder: config.json is missing; train first, or name a folder such as runs/raster-300@demo/seed0"
-            )
-        try:
+            advice = "train first, or name a folder such as runs/raster-300@demo/seed0"
+            raise UserError(f"{self.root} is no run folder: config.json is missing; {advice}")
+        with reading(file, "it does not fit this version"):
             return RunConfig.model_validate(read_json(file))
-        except ValidationError as error:
-            raise UserError(f"{file} does not fit this version ({error.errors()[0]['loc']}: {error.errors()[0]['msg']})") from None
 
     def status(self) -> dict[str, Any]:
         """{"state": "new" | "training" | "stopped" | "failed" | "trained", "images": n, ...}"""
@@ -99,13 +93,13 @@ class RunFolder:
         """The lines of metrics.jsonl, all or of one kind; a line cut by a kill is skipped."""
         if not self.metrics.exists():
             return []
-        records = []
         with reading(self.metrics, "expected one JSON record a line"):
             lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        records = []
         for line in lines:
             with suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
-        return [r for r in records if isinstance(r, dict) and (kind is None or r.get("kind") == kind)]
+        return [record for record in records if isinstance(record, dict) and kind in (None, record.get("kind"))]
 
     def record(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -134,12 +128,14 @@ def run_of(sample_set: Path) -> RunFolder:
 def config_difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
     """The differing knobs as one line: "optim.lr: found 0.001, asked 0.002"."""
     flat_found, flat_asked = _flatten(found), _flatten(asked)
-    names = sorted(set(flat_found) | set(flat_asked))
-    return "; ".join(
-        f"{name}: found {flat_found.get(name)}, asked {flat_asked.get(name)}"
-        for name in names
-        if flat_found.get(name) != flat_asked.get(name)
-    )
+    pairs = {name: (flat_found.get(name), flat_asked.get(name)) for name in sorted({**flat_found, **flat_asked})}
+    return "; ".join(f"{name}: found {before}, asked {now}" for name, (before, now) in pairs.items() if before != now)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, item in value.items() for k, v in _flatten(item, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}
 
 
 def _placed(config: dict[str, Any]) -> dict[str, Any]:
@@ -158,12 +154,6 @@ def _as_found(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
         if before and now and (os.path.realpath(before) == os.path.realpath(now) or (Path(before).name == now and not Path(now).exists())):
             asked[section][name] = before
     return asked
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for name, item in value.items() for k, v in _flatten(item, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): value}
 
 
 def environment() -> dict[str, Any]:

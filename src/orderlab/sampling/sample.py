@@ -24,7 +24,7 @@ from orderlab.config import LEARNED, SHUFFLED, RunConfig, SampleConfig, UserErro
 from orderlab.data.imagenet import class_rows, read_names, stored_names
 from orderlab.data.images import as_three_channels
 from orderlab.data.npz import NpzWriter, read_array
-from orderlab.data.prepare import class_names
+from orderlab.data.tokens import class_names
 from orderlab.models.gpt import MaskedModel
 from orderlab.models.oracle import load_oracle, true_class_probability
 from orderlab.models.order_head import OrderedGPT

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from orderlab.config import RunConfig, UserError
-from orderlab.data.prepare import token_sets
+from orderlab.data.tokens import token_sets
 from orderlab.runtime.checkpoint import read_state, save_state
 from orderlab.runtime.dist import World, autocast, key, world
 from orderlab.runtime.run import RunFolder, StopSignal

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orderlab.config import MaskedTask, RandomOrder, RunConfig, StartConfig, UserError
-from orderlab.data.prepare import token_sets
-from orderlab.data.tokens import TokenSet, evenly_spaced
+from orderlab.data.tokens import TokenSet, evenly_spaced, token_sets
 from orderlab.evaluate.likelihood import any_order_nll, nll
 from orderlab.models.gpt import GPT, MaskedModel
 from orderlab.models.weights import CLASS_ROWS, check_grid, load_state, read_weights, save_model, split_part

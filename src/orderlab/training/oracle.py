@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderlab.config import OracleTask, RunConfig, UserError
-from orderlab.data.prepare import codebook, token_sets
-from orderlab.data.tokens import TokenSet, computed_once, evenly_spaced
+from orderlab.data.tokens import TokenSet, codebook, computed_once, evenly_spaced, token_sets
 from orderlab.models.oracle import Oracle, load_oracle, oracle_sizes, save_oracle, true_class_probability
 from orderlab.models.weights import weights_hash
 from orderlab.order.perm import in_groups, random_orders, to_grid

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderlab.config import OracleUse, OrderHeadTask, RunConfig, UserError
-from orderlab.data.prepare import codebook
-from orderlab.data.tokens import TokenSet, evenly_spaced
+from orderlab.data.tokens import TokenSet, codebook, evenly_spaced
 from orderlab.evaluate.likelihood import nll
 from orderlab.evaluate.probes import Diagnosis
 from orderlab.models.order_head import Ordered, OrderedGPT, Split, normalise, split, temperature_at, truth_ratio_at

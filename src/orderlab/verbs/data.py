@@ -124,7 +124,7 @@ def tokens_import(
 
     name, digest = "unknown", "unknown"
     if tokenizer is not None:
-        from orderlab.data.prepare import tokenizer as load
+        from orderlab.data.tokens import tokenizer as load
         from orderlab.models.vq import tokenizer_hash
 
         vq = load(tokenizer)
@@ -302,7 +302,7 @@ def tokenizer_evaluate(tokenizer: str = "fashion-8x8", /, picture: Path | None =
         tokenizer: a name or a weight file
         picture: also write originals beside reconstructions as a PNG
     """
-    from orderlab.data.prepare import tokenizer as load
+    from orderlab.data.tokens import tokenizer as load
     from orderlab.training.fashion import evaluate_tokenizer
 
     evaluate_tokenizer(load(tokenizer), picture)

@@ -233,7 +233,7 @@ def bench_metrics(
 
 def write_npz(folder: Path, file: Path, rounding: str, size: int | None) -> None:
     """A sample set as ADM's image file, by the rules of `orderlab sample`."""
-    from orderlab.data.prepare import tokenizer
+    from orderlab.data.tokens import tokenizer
     from orderlab.runtime.dist import own_device
     from orderlab.runtime.run import run_of
     from orderlab.sampling.sample import SampleSet

@@ -326,7 +326,7 @@ def _print(found: Importance, values: dict[str, dict[str, float]]) -> None:
 def _draw(found: Importance, values: dict[str, dict[str, float]], images: int, file: Path) -> None:
     """Clusters, attention on their scale, and attention on its own, over some images."""
     from orderlab.data.fashion import CLASSES
-    from orderlab.data.prepare import decode, tokenizer
+    from orderlab.data.tokens import decode, tokenizer
     from orderlab.study.report.pictures import MapRow, importance, save_importance
     from orderlab.training.oracle import classes_in_turn
 

@@ -13,7 +13,7 @@ import numpy as np
 from orderlab.config import AnnealedOrder, RunConfig, SampleConfig, UserError
 from orderlab.data.fashion import CLASSES
 from orderlab.data.images import png_bytes
-from orderlab.data.prepare import decode, tokenizer
+from orderlab.data.tokens import decode, tokenizer
 from orderlab.evaluate.distances import read_per_image
 from orderlab.evaluate.likelihood import result_key
 from orderlab.evaluate.probes import verdict

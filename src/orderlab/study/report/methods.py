@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from orderlab.config import LEARNED, AnnealedOrder, FixedOrder, MaskedTask, OrderHeadTask, RunConfig
-from orderlab.data.prepare import token_sets
+from orderlab.data.tokens import token_sets
 from orderlab.evaluate import probes
 from orderlab.order.coverage import coverage_curve, visible_neighbours
 from orderlab.order.paths import path

@@ -23,7 +23,7 @@ from scipy.ndimage import gaussian_filter
 
 from orderlab.config import OrderHeadTask, RunConfig
 from orderlab.data.images import png_bytes
-from orderlab.data.prepare import decode, tokenizer
+from orderlab.data.tokens import decode, tokenizer
 from orderlab.runtime.files import write_output
 from orderlab.runtime.run import RunFolder
 from orderlab.study.report.data import Gallery, OrderPicture, Picture, Playback, PlaybackOrder
