@@ -1,12 +1,10 @@
 """Samples beside other images: `orderlab compare`, the difference of two sample sets, and `orderlab nearest`, a search for copies.
 
-Two sets with the same labels and seeds are cut into blocks of seeds, the same blocks on both sides and balanced over classes; each metric is
-taken on each block, and the error of a difference is the spread of the blocks' differences over the root of their number. What the two sides
-share (labels, uniforms, the bias in N) cancels, which is why both must have the same number of images: at unequal numbers the longer side is
-cut, with a warning. The search asks whether a run copies its training images. Samples, training and validation images are all seen as decoded
-tokens, so that the tokenizer cannot tell them apart, in the feature space of the run's network. Validation images are what a model that does
-not copy would look like: the share of samples that lie nearer to training data than a validation image does is a half for such a model and
-one for a copier.
+Two sets with the same labels and seeds are cut into blocks of seeds, the same on both sides and balanced over classes; the error of a metric's
+difference is the spread of the blocks' differences over the root of their number. What the sides share (labels, uniforms, the bias in N) cancels,
+which is why the longer one is cut to the other's length. The search asks whether a run copies its training images. Samples, training and
+validation images are all seen as decoded tokens, so that the tokenizer cannot tell them apart. Validation images are what a model that does not
+copy would look like: of its samples half lie nearer to training data than a validation image does, of a copier's all.
 
 K blocks, or neighbours · M training or reference rows · N sample rows · P grid position
 """

@@ -1,10 +1,9 @@
 """The two distances between sets of features, Fréchet and kernel, with their standard errors.
 
-The Fréchet distance is that of FID (Heusel et al. 2017) as the ADM evaluator takes it (Dhariwal and Nichol 2021); the kernel distance is
-the squared maximum mean discrepancy (Gretton et al. 2012) with the cubic kernel of KID (Bińkowski et al. 2018), over all pairs of rows.
-These functions know features only: which network, which reference and how many samples is for the caller to name. What never changes:
-inputs are numpy arrays or torch tensors, sums and solvers run in float64 and solvers on one thread, a covariance is never formed where it
-would be singular, and an answer that cannot be computed is a UserError rather than a number.
+The Fréchet distance is that of FID (Heusel et al. 2017) as the ADM evaluator takes it (Dhariwal and Nichol 2021), the kernel distance the
+squared maximum mean discrepancy (Gretton et al. 2012) with the cubic kernel of KID (Bińkowski et al. 2018), over all pairs of rows. They know
+features only: network, reference and sample count are for the caller to name. What never changes: inputs are numpy arrays or torch tensors,
+sums and solvers run in float64, a covariance is never formed where it would be singular, and what cannot be computed is a UserError.
 
 B block rows · D feature dimension · M reference rows · N sample rows · R rank
 """
@@ -78,16 +77,14 @@ class MomentAccumulator:
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean_D = torch.zeros(0, dtype=torch.float64)
-        self._scatter_DD = torch.zeros(0, 0, dtype=torch.float64)
+        self._mean_D = self._scatter_DD = torch.zeros(0, dtype=torch.float64)
 
     def add(self, features_ND: Array) -> None:
         """Take in one batch of any size; UserError if it is not finite or its width differs from the batches before."""
         features_ND = checked(features_ND, "features", 2)
         width = features_ND.shape[1]
         if self.count == 0:
-            self._mean_D = torch.zeros(width, dtype=torch.float64)
-            self._scatter_DD = torch.zeros(width, width, dtype=torch.float64)
+            self._mean_D, self._scatter_DD = (torch.zeros(shape, dtype=torch.float64) for shape in ((width,), (width, width)))
         if width != len(self._mean_D):
             raise UserError(f"this batch has {width} features and the ones before had {len(self._mean_D)}: use one network and one layer")
         for rows_BD in features_ND.split(ROWS):
@@ -119,10 +116,9 @@ def moments(features_ND: Array) -> Moments:
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
     """Squared Fréchet distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017).
 
-    Means [D] and covariances [D, D], computed in float64 from the eigenvalues of L^T sigma1 L with sigma2 = L L^T. As in ADM, the term of
-    the means is taken in float32 if both means are. Singular covariances are fine; with N <= D rows behind one of them the last 1e-5 is
-    rounding, and `frechet_distance_from_features` is exact. Raises UserError for NaN, infinities, shapes that do not fit, and matrices
-    that are no covariances.
+    Means [D] and covariances [D, D], in float64 from the eigenvalues of L^T sigma1 L with sigma2 = L L^T. As in ADM, the term of the means is
+    taken in float32 if both means are. With N <= D rows behind a covariance the last 1e-5 is rounding, and `frechet_distance_from_features` is
+    exact. Raises UserError for NaN, infinities, shapes that do not fit, and matrices that are no covariances.
     """
     mean1_D, sigma1_DD = _gaussian(mu1, sigma1, "first")
     mean2_D, sigma2_DD = _gaussian(mu2, sigma2, "second")

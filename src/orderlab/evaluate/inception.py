@@ -1,10 +1,9 @@
 """FID's Inception: the 2015-12-05 network of Szegedy et al. (2016) as TensorFlow published it, in torch alone, with ADM's three outputs.
 
-Departures from torchvision's Inception v3, each of which moves every FID: average pools leave the padding out of the mean, the last block
-pools by maximum, batch norm has epsilon 1e-3, there are 1008 classes, and images are resized by TensorFlow 1's bilinear rule and scaled to
-(x - 128) / 128. The spatial features of sFID are the first 7 channels of the 1x1 branch of Mixed_6d in NHWC order; logits are without bias,
-as the ADM evaluator takes them (Dhariwal and Nichol, 2021). The weights are one file, the graph as pytorch-fid translated it: the last part
-of its name is the beginning of its SHA-256, a file that does not hash to it is refused, and nothing in it is ever executed.
+Departures from torchvision's Inception v3, each of which moves every FID: average pools leave the padding out of the mean, the last block pools
+by maximum, batch norm has epsilon 1e-3, there are 1008 classes, and images are resized by TensorFlow 1's bilinear rule and scaled to
+(x - 128) / 128. sFID has the 1x1 branch of Mixed_6d; logits are without bias, as the ADM evaluator takes them (Dhariwal and Nichol, 2021). The
+weights are one file, as pytorch-fid translated it: its name ends in the beginning of its SHA-256, and one that does not hash to it is refused.
 
 B batch · C channels · H, W pixels
 """
@@ -193,12 +192,11 @@ def install(file: Path) -> Path:
     """Check a weight file, load it once, and copy it into the cache; returns its place there."""
     read_inception(file, checked_sha256(file))
     target = cache_folder() / FILE
-    if target.exists() and target.samefile(file):
-        return target
-    try:
-        copy(file, target)
-    except UserError as error:
-        raise UserError(f"{error}; ORDERLAB_CACHE names it") from None
+    if not (target.exists() and target.samefile(file)):
+        try:
+            copy(file, target)
+        except UserError as error:
+            raise UserError(f"{error}; ORDERLAB_CACHE names it") from None
     return target
 
 

@@ -1,10 +1,9 @@
 """Exact negative log-likelihood of an image under any order: no bound, no sampling, dropout off, no guidance, temperature 1.
 
-p(x | class, order) is the product over steps of the model's conditionals. A causal model gives them all in one teacher-forced pass. A masked
-model factorises like any other, but reveals one token at a time, each taken given those before it: P forward passes an image, so that a masked
-run is measured on fewer images. Its mean of -log p over all P! orders costs less: a term of it is P/k times the cross-entropy of k masked
-tokens, k uniform. By Jensen's inequality that mean ("any-order") bounds -log of the orders' mean probability from above, which is what
-sampling in a random order of each image's own draws from.
+p(x | class, order) is the product over steps of the model's conditionals. A causal model gives them all in one teacher-forced pass; a masked one
+reveals one token at a time, P passes an image, so that it is measured on fewer images. Its mean of -log p over all P! orders ("any-order") costs
+less: a term is P/k times the cross-entropy of k masked tokens, k uniform. By Jensen's inequality that mean bounds -log of the orders' mean
+probability from above, which is what sampling in a random order of each image's own draws from.
 
 B batch · N images · P grid position · T generation step · S steps at once · V codebook
 """
@@ -153,18 +152,13 @@ def measure(model: ImageModel, token_set: TokenSet, order_name: str, *, target: 
     body = model.gpt if isinstance(model, OrderedGPT) else model
     target = model.target if isinstance(model, OrderedGPT) and target is None else target
     is_learned = order_name == LEARNED
-    if is_learned and not isinstance(model, OrderedGPT):
-        kind = type(model).__name__
-        raise UserError(f"order {LEARNED} needs a GPT with an OrderHead; this checkpoint holds a {kind}: name a path instead")
     path_T = torch.as_tensor(path("raster" if is_learned else order_name, *model.config.grid))
     device = body.norm.weight.device
     by_position, by_step = [], []
     chosen = evenly_spaced(len(token_set), MASKED_IMAGES if isinstance(model, MaskedModel) else len(token_set))
     for rows in np.split(chosen, range(BATCH, len(chosen), BATCH)):
         classes_B, tokens_BP = token_set.read(rows)
-        order_BT = path_T.expand(len(rows), -1)
-        if is_learned and isinstance(model, OrderedGPT):
-            order_BT = learned_orders(model, classes_B, rows)
+        order_BT = learned_orders(model, classes_B, rows) if is_learned else path_T.expand(len(rows), -1)
         nll_BP = nll(body, classes_B.to(device), tokens_BP.to(device), order_BT.to(device), target=target).double().cpu()
         by_position.append(nll_BP)
         by_step.append(to_steps(nll_BP, order_BT))
@@ -173,8 +167,11 @@ def measure(model: ImageModel, token_set: TokenSet, order_name: str, *, target: 
     return {**_summary(nll_NP.sum(1), body, token_set, chosen), **curves}
 
 
-def learned_orders(model: OrderedGPT, classes_B: Tensor, images: np.ndarray) -> Tensor:
+def learned_orders(model: ImageModel, classes_B: Tensor, images: np.ndarray) -> Tensor:
     """What the OrderHead makes of a draft of each image's class, drawn by the image's number: [B, T]."""
+    if not isinstance(model, OrderedGPT):
+        kind = type(model).__name__
+        raise UserError(f"order {LEARNED} needs a GPT with an OrderHead; this checkpoint holds a {kind}: name a path instead")
     seeds = [key("likelihood-draft", int(image)) for image in images]
     _, scores_BP = draft(model, classes_B, seeds, {"guidance": DRAFT_GUIDANCE})
     return in_two_groups(highest(scores_BP, model.task.first)).cpu()

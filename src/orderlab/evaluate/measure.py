@@ -1,8 +1,7 @@
 """From images to records: the features of a stream of images, and every metric of them against a reference.
 
-Features are kept (pooled, spatial, logits: 21 kB an image with Inception), images are not. Each metric is one of `distances.py` or
-`neighbours.py`, or the Inception Score here, and becomes a record that says what it depends on. Inception Score runs over unshuffled splits
-of 5,000, as ADM's; a file sorted by class is known by its labels, or by what the network sees, and gets a warning.
+Features are kept (21 kB an image with Inception), images are not. Each metric is one of `distances.py` or `neighbours.py`, or the Inception
+Score here, and becomes a record that says what it depends on.
 
 B block rows · K classes · M reference rows · N sample rows
 """

@@ -1,9 +1,8 @@
 """Feature networks: what turns images into the three arrays that every distribution metric reads.
 
-There are the field's Inception (`inception.py`), the toy classifier of Fashion-MNIST, EfficientNet-Lite0 and any TorchScript file. Each maps
-uint8 images to pooled features, a spatial map and class logits, and has a name and a hash of its weights, because a Fréchet distance means
-nothing without them: it is named after its network, and none of these but Inception gives an FID. As in the ADM evaluator (Dhariwal and
-Nichol, 2021), the spatial features are the first 7 channels of a map, flattened as rows, columns, channels.
+Each maps uint8 images to pooled features, a spatial map and class logits, and has a name and a hash of its weights, because a Fréchet distance
+means nothing without them: it is named after its network, and none but Inception (`inception.py`) gives an FID. As in the ADM evaluator
+(Dhariwal and Nichol, 2021), spatial features are the first 7 channels of a map, flattened as rows, columns, channels.
 
 N images · C channels · H, W pixels · D pooled width · S flattened spatial width · K classes
 """

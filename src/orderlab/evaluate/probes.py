@@ -1,13 +1,12 @@
 """What a checkpoint's next prediction depends on, how far its heads look, and what went wrong with an OrderHead's run.
 
-Probes edit a model's input. Two orders with one prefix and different next positions: is their input the same (the ambiguous target), or are
-they told apart? Editing one token at a time: which of those generated, and which of those to come, reach the next prediction? How far the
-heads of a causal model look is their mean attention distance, as ViT's authors measure it (2010.11929): a slot lies where its input token
-does, its distance is the mean of the distances, in grid cells, to the tokens it attends to, weighted by attention; the class slot has no place
-and is left out, the rest renormalised; the mean is over slots and images. All of it is of evenly spaced validation images and trained weights,
-kept in the run folder's `probes.json`. An OrderHead's run is judged by a stated rule on its scores and its cross-entropy. Its bounds lie
-between the study's own figures: it reports a score_std of 1.6 where scores were useful, 14 to 17 as an explosion, 0.46 and 0.04 as collapses,
-and calls a body with a cross-entropy above 7.3 nats, where raster has 6.8, destabilised.
+Probes edit the input. Two orders with one prefix and different next positions: is their input the same (the ambiguous target), or are they told
+apart? Editing one token at a time: which of those generated, and of those to come, reach the next prediction? How far a causal model's heads
+look is the mean attention distance of ViT's authors (2010.11929): a slot lies where its input token does, its distance is the mean of those, in
+grid cells, to the tokens it attends to, weighted by attention; the class slot is left out. All is of evenly spaced validation images, kept in the
+run's `probes.json`. An OrderHead's run is judged by its scores and cross-entropy. The bounds lie between the study's own figures: a score_std of
+1.6 where scores were useful, 14 to 17 as an explosion, 0.46 and 0.04 as collapses, a cross-entropy above 7.3 nats, where raster has 6.8, as a
+destabilised body.
 
 B batch · N edited copies · P grid position · T generation step or slot · H heads · K head dim · V codebook
 """

@@ -1,10 +1,9 @@
 """What samples are measured against, and the record of a measured number: everything it depends on and the name it may be printed under.
 
-A reference is one of ADM's files (`arr_0` images for precision and recall, `mu`, `sigma` of the pooled and `mu_s`, `sigma_s` of the spatial
-features) or our own from a folder of images or a token set, which adds `pool`, the features of `arr_0`, and a note with the network they came
-from: a reference of another network is refused. A number compares with the field's tables (ADM, LlamaGen, RAR) when it has their network,
-their resize, their reference file and 50,000 samples. That is computed here from hashes, counts and protocol, never typed: bare `FID` is a
-name that only such a record gets. 5,000 samples are `FID-5K`; another network is `FD-<network>`.
+A reference is one of ADM's files (`arr_0` images, `mu`, `sigma` of the pooled and `mu_s`, `sigma_s` of the spatial features) or our own, which
+adds `pool`, the features of `arr_0`, and a note with the network they came from. A number compares with the field's tables (ADM, LlamaGen, RAR)
+when it has their network, their resize, their reference file and 50,000 samples. That is computed here, never typed: bare `FID` is a name that
+only such a record gets; 5,000 samples are `FID-5K`, another network is `FD-<network>`.
 
 M reference rows · N images
 """

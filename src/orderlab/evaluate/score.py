@@ -1,10 +1,9 @@
 """`orderlab score`: the metrics of sample sets, each number with its network, sample count, reference and hashes.
 
 A run's sets are decoded by the tokenizer of its data and measured against two references: real images (the toy scale's are the package's
-validation images, ImageNet's a file) and the decoded validation tokens of the data ("FD-tok", which isolates the model from the tokenizer).
-Their records lie in the run's `scores.json`, at every scale; the tokenizer's own reconstruction stands beside them. Samples of other people,
-and other choices than the ones a run is scored by, are measured by the same code (`measure.py`) and written nowhere. Samples may be an npz
-file, a sample set, all sample sets of a run folder, or a folder of images.
+validation images, ImageNet's a file) and the decoded validation tokens ("FD-tok", which isolates the model from the tokenizer). Their records
+lie in the run's `scores.json`, the tokenizer's own reconstruction beside them. Samples of other people, and other choices than the ones a run
+is scored by, are measured by the same code (`measure.py`) and written nowhere.
 
 M reference rows · N samples
 """
