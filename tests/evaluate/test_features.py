@@ -62,7 +62,7 @@ def test_two_loads_agree_and_share_a_hash(network):
 def test_concatenate_keeps_order():
     parts = [Features(np.full((n, 2), n), np.full((n, 3), n), np.full((n, 1), n)) for n in (2, 1)]
     joined = concatenate(parts)
-    assert len(joined) == 3
+    assert len(joined.pool) == 3
     assert joined.pool[:, 0].tolist() == [2, 2, 1]
 
 

@@ -7,11 +7,11 @@ from PIL import Image
 
 from orderlab.data.images import image_batches
 from orderlab.evaluate.measure import Measured, measure_images
-from orderlab.evaluate.networks import FeatureExtractor, Features, as_rgb
+from orderlab.evaluate.networks import Features, Network, as_rgb
 from orderlab.evaluate.reference import Origin, write_reference
 
 
-class Tiny:
+class Tiny(Network):
     label = "tiny"
     resize = "none"
 
@@ -32,12 +32,12 @@ def noise(count: int, seed: int, side: int = 8) -> np.ndarray:
     return np.random.RandomState(seed).randint(0, 256, (count, side, side, 3)).astype(np.uint8)
 
 
-def measured(images: np.ndarray, network: FeatureExtractor, labels: np.ndarray | None = None) -> Measured:
+def measured(images: np.ndarray, network: Network, labels: np.ndarray | None = None) -> Measured:
     """The features of images that come in two batches."""
     return measure_images(np.array_split(images, 2), len(images), network, Origin(), labels)
 
 
-def make_reference(folder: Path, images: np.ndarray, network: FeatureExtractor, keep: int = 10_000) -> Path:
+def make_reference(folder: Path, images: np.ndarray, network: Network, keep: int = 10_000) -> Path:
     """A reference file from a folder of these images."""
     (folder / "images").mkdir()
     for i, image in enumerate(images):

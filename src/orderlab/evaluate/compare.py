@@ -25,7 +25,7 @@ from orderlab.data.prepare import decode, token_sets, tokenizer
 from orderlab.evaluate.distances import frechet_distance_to, mmd
 from orderlab.evaluate.measure import inception_score, spread
 from orderlab.evaluate.neighbours import precision_recall
-from orderlab.evaluate.networks import FeatureExtractor, Features
+from orderlab.evaluate.networks import Features, Network
 from orderlab.evaluate.reference import Reference, metric_name
 from orderlab.evaluate.score import Samples, load_samples, network_for, reference_for
 from orderlab.runtime.dist import own_device
@@ -59,10 +59,10 @@ def run(a: Path, b: Path, *, reference: Path | None = None, network: str | None 
 
 
 def differences(
-    a: Features, b: Features, reference: Reference, network: FeatureExtractor, labels_N: np.ndarray | None = None, blocks: int = 10
+    a: Features, b: Features, reference: Reference, network: Network, labels_N: np.ndarray | None = None, blocks: int = 10
 ) -> list[dict[str, Any]]:
     """Every metric of A and of B, two equally long sets of features, and A - B with its standard error over blocks."""
-    rows, n = block_rows(len(a), labels_N, blocks), len(a)
+    rows, n = block_rows(len(a.pool), labels_N, blocks), len(a.pool)
     whole_a, whole_b = _values(a, reference), _values(b, reference)
     per_block = [(_values(a.rows(block), reference), _values(b.rows(block), reference)) for block in rows]
     found = []

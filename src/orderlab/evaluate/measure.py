@@ -27,7 +27,7 @@ from orderlab.evaluate.distances import (
     standard_error,
 )
 from orderlab.evaluate.neighbours import PRMode, density_coverage, precision_recall
-from orderlab.evaluate.networks import INCEPTION, FeatureExtractor, Features
+from orderlab.evaluate.networks import INCEPTION, Features, Network
 from orderlab.evaluate.reference import TOKENS, Origin, Record, Reference
 
 MMD_ROWS = 10_000
@@ -39,7 +39,7 @@ class Measured:
     """Features of a set of samples, the network that gave them, and what is known of the images."""
 
     features: Features
-    network: FeatureExtractor
+    network: Network
     origin: Origin
     size: str
     """of the images, 256x256"""
@@ -63,7 +63,7 @@ class Measured:
             label=label or self.network.label,
             value=float(found.value),
             standard_error=float(found.se),
-            n=n or len(self.features),
+            n=n or len(self.features.pool),
             n_reference=n_reference,
             network=self.network.name,
             weights_hash=self.network.weights_hash,
@@ -91,18 +91,18 @@ class Options:
 
 
 def measure_images(
-    batches: Iterable[np.ndarray], count: int, network: FeatureExtractor, origin: Origin, labels_N: np.ndarray | None = None
+    batches: Iterable[np.ndarray], count: int, network: Network, origin: Origin, labels_N: np.ndarray | None = None
 ) -> Measured:
     """Features of `count` images, batch by batch into arrays of their final size. Raises UserError when other images come than announced."""
-    size, start, whole = "", 0, Features(*(np.zeros((0, 0), np.float32) for _ in range(3)))
+    size, start, whole = "", 0, Features(*np.zeros((3, 0, 0), np.float32))
     for images in batches:
         part = network(images)
         if not start:
             size = "x".join(map(str, images.shape[1:3]))
-            whole = Features(*(np.empty((count, array.shape[1]), np.float32) for array in part.arrays))
-        for target, array in zip(whole.arrays, part.arrays):
+            whole = Features(*(np.empty((count, array.shape[1]), np.float32) for array in part))
+        for target, array in zip(whole, part):
             target[start : start + len(array)] = array
-        start += len(part)
+        start += len(part.pool)
     if start != count:
         raise UserError(f"{start} images came where {count} were announced; the samples changed while they were read")
     if origin.image_order == "unknown":
@@ -174,7 +174,7 @@ def _neighbours(measured: Measured, reference: Reference, real_MD: np.ndarray, o
     return found
 
 
-def reconstruction(tokens: Reference, reference: Reference, network: FeatureExtractor) -> Record:
+def reconstruction(tokens: Reference, reference: Reference, network: Network) -> Record:
     """The tokenizer's own Fréchet distance: decoded validation images against the reference. No model can be expected below it."""
     assert tokens.features_MD is not None
     none = np.zeros((len(tokens.features_MD), 0), np.float32)
@@ -230,9 +230,9 @@ def warnings(measured: Measured, options: Options) -> list[str]:
             "the samples are sorted by class: Inception Score over unshuffled splits sees few classes at a time and comes out low; "
             "give --shuffle 0, or write the samples in mixed order"
         )
-    if len(measured.features) <= measured.features.pool.shape[1]:
+    if len(measured.features.pool) <= measured.features.pool.shape[1]:
         lines.append(
-            f"{len(measured.features):,} samples for {measured.features.pool.shape[1]:,} features: the Fréchet distance is exact (low-rank form) "
+            f"{len(measured.features.pool):,} samples for {measured.features.pool.shape[1]:,} features: the Fréchet distance is exact (low-rank form) "
             "and strongly biased upwards; compare at equal N only"
         )
     return lines

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +33,7 @@ NAMES = {INCEPTION: "inception", "fashion-cnn": "fashion", "efficientnet-lite0":
 """What a record calls a network, and what the command line does."""
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """What a feature network says of N images: float32 arrays with one row an image."""
 
     pool: np.ndarray
@@ -45,25 +43,18 @@ class Features:
     logits: np.ndarray
     """[N,K] class scores before the softmax: IS and accuracy"""
 
-    def __len__(self) -> int:
-        return len(self.pool)
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.pool, self.spatial, self.logits
-
     def rows(self, rows: np.ndarray | slice) -> Features:
         """The features of some of the images."""
-        return Features(*(array[rows] for array in self.arrays))
+        return Features(*(array[rows] for array in self))
 
 
 def concatenate(parts: Iterable[Features]) -> Features:
     """Join features of consecutive batches."""
-    return Features(*(np.concatenate(arrays) for arrays in zip(*(part.arrays for part in parts))))
+    return Features(*(np.concatenate(arrays) for arrays in zip(*parts)))
 
 
-class FeatureExtractor(Protocol):
-    """A feature network that names itself. A network without a spatial map or without classes gives arrays of width 0 for them."""
+class Network:
+    """A feature network that names itself. One without a spatial map or without classes gives arrays of width 0 for them."""
 
     name: str
     """what a record calls the network, "inception-2015-12-05" """
@@ -71,34 +62,16 @@ class FeatureExtractor(Protocol):
     """what a metric's name calls it: FD-<label>"""
     resize: str
     """how images reach the network's own size"""
-    weights_hash: str
-
-    def __call__(self, images: np.ndarray) -> Features:
-        """uint8 images [N,H,W] or [N,H,W,C] -> features, in the images' order."""
-        ...
-
-
-class Network(FeatureExtractor):
-    """A torch network behind the protocol: it sees images batch by batch on its device."""
-
     batch = 50
 
     def __init__(self, network: Any, weights_hash: str, device: str | torch.device):
         self.device, self.weights_hash = torch.device(device), weights_hash
         self.network = network.to(self.device)
 
-    def outputs(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """float32 pixels in [0, 255] -> (pooled features [N,D], a map [N,C,H,W], logits [N,K])."""
-        raise NotImplementedError
-
-    def checked(self, images: np.ndarray) -> np.ndarray:
-        """The images as [N,H,W,C] with the channels that the network takes; UserError for any that it cannot take."""
-        return as_rgb(images, self.name)
-
     def __call__(self, images: np.ndarray, batch: int | None = None) -> Features:
-        """uint8 images [N,H,W,3], or grey [N,H,W] and [N,H,W,1] -> features."""
+        """uint8 images [N,H,W,3], or grey [N,H,W] and [N,H,W,1] -> features, in the images' order."""
         images, batch = self.checked(images), batch or self.batch
-        return concatenate([self._features(images[start : start + batch]) for start in range(0, len(images), batch)])
+        return concatenate(self._features(images[start : start + batch]) for start in range(0, len(images), batch))
 
     @torch.inference_mode()
     def _features(self, images: np.ndarray) -> Features:
@@ -107,6 +80,14 @@ class Network(FeatureExtractor):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if self.device.type == "cuda" else nullcontext():
             pool_ND, map_NCHW, logits_NK = self.outputs(pixels_NCHW)
         return Features(*(tensor.cpu().numpy() for tensor in (pool_ND, spatial_features(map_NCHW), logits_NK)))
+
+    def checked(self, images: np.ndarray) -> np.ndarray:
+        """The images as [N,H,W,C] with the channels that the network takes; UserError for any that it cannot take."""
+        return as_rgb(images, self.name)
+
+    def outputs(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """float32 pixels in [0, 255] -> (pooled features [N,D], a map [N,C,H,W], logits [N,K])."""
+        raise NotImplementedError
 
 
 def spatial_features(map_NCHW: Tensor) -> Tensor:
@@ -125,7 +106,7 @@ def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
     return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
 
-def extractor(name: str) -> FeatureExtractor:
+def extractor(name: str) -> Network:
     """The network called `name`, or a TorchScript file, on this process's device. Raises UserError for an unknown name and for a network that is not at hand."""
     if name == "inception":
         from orderlab.evaluate.inception import inception

@@ -25,7 +25,7 @@ from orderlab.data.images import ImageSource
 from orderlab.data.npz import NpzFile, NpzWriter
 from orderlab.evaluate.distances import MomentAccumulator, Moments, moments
 from orderlab.evaluate.inception import SHA256_PREFIX, cache_folder
-from orderlab.evaluate.networks import INCEPTION, FeatureExtractor, concatenate
+from orderlab.evaluate.networks import INCEPTION, Network, concatenate
 from orderlab.runtime.files import add_to_json, file_sha256, read_json, remove
 from orderlab.runtime.run import code_version
 
@@ -158,7 +158,7 @@ class Reference:
 def reference_of(
     batches: Iterable[np.ndarray],
     name: str,
-    network: FeatureExtractor,
+    network: Network,
     labels_M: np.ndarray | None = None,
     class_names: ClassNames | None = None,
 ) -> Reference:
@@ -178,7 +178,7 @@ def network_of(file: str | Path) -> str:
         return str(npz.note().get("network", INCEPTION))
 
 
-def read_reference(file: str | Path, network: FeatureExtractor, has_features: bool = True) -> Reference:
+def read_reference(file: str | Path, network: Network, has_features: bool = True) -> Reference:
     """A reference file, ADM's or ours. Raises UserError when it is damaged, lacks a key or belongs to another feature network."""
     file = Path(file)
     with NpzFile(file) as npz:
@@ -197,7 +197,7 @@ def read_reference(file: str | Path, network: FeatureExtractor, has_features: bo
     return Reference(file.name, digest, pool, spatial, features_MD, labels_M, read_names(note.get("class_names")))
 
 
-def _check_note(file: Path, note: dict[str, Any], network: FeatureExtractor) -> None:
+def _check_note(file: Path, note: dict[str, Any], network: Network) -> None:
     made_by = note.get("network", INCEPTION)
     if made_by != network.name:
         raise UserError(f"{file} was made with the feature network {made_by}, the samples are seen by {network.name}; use one for both")
@@ -220,7 +220,7 @@ def _moments(npz: NpzFile, suffix: str, count: int) -> Moments:
     return Moments(mean_D, covariance_DD, count)
 
 
-def _features(npz: NpzFile, network: FeatureExtractor, digest: str) -> np.ndarray | None:
+def _features(npz: NpzFile, network: Network, digest: str) -> np.ndarray | None:
     """Pooled features of the reference's images: stored, remembered in the cache, or computed and remembered."""
     if "arr_0" not in npz:
         return None
@@ -244,7 +244,7 @@ def _features(npz: NpzFile, network: FeatureExtractor, digest: str) -> np.ndarra
     return pool_MD
 
 
-def write_reference(found: ImageSource, name: str, out: str | Path, network: FeatureExtractor, keep: int = 10_000) -> int:
+def write_reference(found: ImageSource, name: str, out: str | Path, network: Network, keep: int = 10_000) -> int:
     """Write a reference of images from anywhere; up to `keep` of them, evenly spaced, are kept for precision and recall.
 
     `name` says in the file where they came from. Returns the number of images behind the moments.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,8 @@ from orderlab.data.prepare import decode, fashion_images, token_sets, tokenizer
 from orderlab.evaluate.distances import frechet_distance_from_features, image_set, keep_per_image, mmd
 from orderlab.evaluate.inception import SHA256_PREFIX
 from orderlab.evaluate.measure import Measured, Options, measure_images, reconstruction, scores, warnings
-from orderlab.evaluate.networks import NAMES, FashionFeatures, FeatureExtractor, default_network, extractor
-from orderlab.evaluate.reference import (
-    BATCH,
-    Origin,
-    Record,
-    Reference,
-    network_of,
-    read_reference,
-    reference_of,
-    remember_reference,
-)
+from orderlab.evaluate.networks import NAMES, FashionFeatures, Network, default_network, extractor
+from orderlab.evaluate.reference import BATCH, Origin, Record, Reference, network_of, read_reference, reference_of, remember_reference
 from orderlab.runtime.dist import own_device
 from orderlab.runtime.files import add_to_json, file_sha256, read_json
 from orderlab.runtime.run import RunFolder, run_of
@@ -96,7 +87,7 @@ def check(reference: Path) -> None:
 @lru_cache(maxsize=2)
 def _references(
     data: DataConfig, grid: tuple[int, int], cache: Path, file: Path | None, name: str | None
-) -> tuple[FeatureExtractor, Reference, Reference]:
+) -> tuple[Network, Reference, Reference]:
     """The feature network of a data config, its real images and its decoded validation tokens; made once per process."""
     if file is None and data.source != "fashion":
         raise UserError("the samples of an ImageNet run need --reference FILE (ADM's npz, or one of orderlab reference)")
@@ -109,7 +100,7 @@ def _references(
     return network, real, reference_of(images, f"{len(validation)} decoded validation images", network)
 
 
-def _score_set(folder: RunFolder, name: str, network: FeatureExtractor, real: Reference, tokens: Reference) -> dict[str, Any]:
+def _score_set(folder: RunFolder, name: str, network: Network, real: Reference, tokens: Reference) -> dict[str, Any]:
     sample_set, samples = SampleSet(folder.samples / name), _from_set(folder.samples / name)
     options = Options(has_kid=False, has_agreement=isinstance(network, FashionFeatures))
     records, per_image = scores(samples.measured(network), real, options, tokens)
@@ -121,10 +112,7 @@ def _score_set(folder: RunFolder, name: str, network: FeatureExtractor, real: Re
     }
 
 
-# Networks and references
-
-
-def network_for(size: tuple[int, int], name: str | None, reference: Path | None = None) -> FeatureExtractor:
+def network_for(size: tuple[int, int], name: str | None, reference: Path | None = None) -> Network:
     """The network called `name`, else the one that the reference was made with, else the one that fits images of this size."""
     if name is None and reference is not None:
         made_by = network_of(reference)
@@ -134,7 +122,7 @@ def network_for(size: tuple[int, int], name: str | None, reference: Path | None 
     return extractor(name or default_network(*size))
 
 
-def reference_for(file: Path | None, network: FeatureExtractor, data: DataConfig | None = None) -> Reference:
+def reference_for(file: Path | None, network: Network, data: DataConfig | None = None) -> Reference:
     """The reference file, or for the toy classifier the validation images of the package (of a toy scale's data, where it is given)."""
     if file is not None:
         return read_reference(file, network)
@@ -163,7 +151,7 @@ class Samples:
     folder: Path | None = None
     """of a sample set"""
 
-    def measured(self, network: FeatureExtractor) -> Measured:
+    def measured(self, network: Network) -> Measured:
         return measure_images(self.images(), self.count, network, self.origin, self.labels_N)
 
 
@@ -223,10 +211,7 @@ def _from_set(folder: Path) -> Samples:
     height, width = (side * vq.config.downsampling for side in samples.grid)
     origin = Origin(label_mode=samples.config.labels, rounding="llamagen", resize_before_rounding="none", seeds=(samples.config.seed,))
     labels_N = samples.classes_N.astype(np.int64)
-
-    def images() -> Iterator[np.ndarray]:
-        return decoded(samples, vq, "llamagen", None)
-
+    images = partial(decoded, samples, vq, "llamagen", None)
     return Samples(folder.name, len(labels_N), (height, width), labels_N, origin, images, samples.class_names, folder)
 
 
@@ -234,11 +219,8 @@ def _from_folder(folder: Path) -> Samples:
     """Images as LlamaGen's sampler leaves them: 000000.png, ... in the order of their numbers, their labels unknown; subfolders are classes."""
     found = image_batches(folder, BATCH)
     name = f"{folder.name} ({found.count:,} image files, {'labels unknown' if found.labels_N is None else 'classes by folder'})"
-
-    def images() -> Iterator[np.ndarray]:
-        return image_batches(folder, BATCH).batches
-
-    return Samples(name, found.count, (found.height, found.width), found.labels_N, Origin(), images, found.class_names)
+    size, images = (found.height, found.width), lambda: image_batches(folder, BATCH).batches
+    return Samples(name, found.count, size, found.labels_N, Origin(), images, found.class_names)
 
 
 def _from_npz(file: Path) -> Samples:
@@ -261,9 +243,6 @@ def _origin(note: dict[str, Any]) -> Origin:
     seeds = note.get("seeds")
     whole = tuple(seed for seed in seeds if isinstance(seed, int)) if isinstance(seeds, list) else ()
     return Origin(label_mode, rounding=rounding, resize_before_rounding=resize, seeds=whole)
-
-
-# Class by class
 
 
 def _classes(samples: Samples, measured: Measured, reference: Reference) -> list[dict[str, Any]]:
@@ -302,10 +281,7 @@ def per_class(samples_ND: np.ndarray, labels_N: np.ndarray, reference_MD: np.nda
     return rows
 
 
-# `orderlab reference verify`
-
-
-def verify(reference: Path, samples: Path, network: FeatureExtractor) -> list[Record]:
+def verify(reference: Path, samples: Path, network: Network) -> list[Record]:
     """Prove that a file is ADM's reference: ADM's own published samples must score ADM's published numbers against it.
 
     `VIRTUAL_imagenet256_labeled.npz` has no published hash, so network, resize, statistics and arithmetic of this machine together must
