@@ -156,11 +156,11 @@ class InceptionFeatures(Network):
         return self.network(pixels_NCHW.contiguous(memory_format=torch.channels_last))
 
 
-def inception(file: Path | None = None) -> InceptionFeatures:
-    """The field's network on this process's device: from `file`, else `$ORDERLAB_INCEPTION`, else the cache. Raises UserError when there is none."""
-    named = file or (Path(os.environ["ORDERLAB_INCEPTION"]) if os.environ.get("ORDERLAB_INCEPTION") else None)
-    found = named or cache_folder() / FILE
-    if named is None and not found.exists():
+def inception() -> InceptionFeatures:
+    """The field's network on this process's device: from `$ORDERLAB_INCEPTION`, else the cache. Raises UserError when there is none."""
+    named = os.environ.get("ORDERLAB_INCEPTION")
+    found = Path(named) if named else cache_folder() / FILE
+    if not named and not found.exists():
         raise UserError(f"FID needs the Inception weights and {found} does not exist: {how_to_get()}")
     return read_inception(found, checked_sha256(found), own_device())
 

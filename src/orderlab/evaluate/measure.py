@@ -193,9 +193,8 @@ def inception_score(logits_NK: Array, split_size: int = SPLIT, shuffle_seed: int
     """Inception Score (Salimans et al. 2016) as ADM takes it: consecutive splits in the given order, the last one possibly short.
 
     NOTE: order matters. Samples sorted by class put few classes in a split and score low; `shuffle_seed` shuffles first, as torch-fidelity
-    does. Softmax runs in float64 and 0 log 0 is 0, where ADM's float32 turns an underflowed probability into NaN; elsewhere they agree to
-    2e-6. The standard error is the delta method over images: log IS moves with one image by KL_i - mean KL. It exists for one split too and
-    does not count the order of samples as noise, unlike the spread between splits. With balanced labels it errs upwards.
+    does. 0 log 0 is 0, where ADM's float32 turns an underflowed probability into NaN; elsewhere they agree to 2e-6. The standard error is the
+    delta method over images, log IS moving with one by KL_i - mean KL; with balanced labels it errs upwards.
     """
     logits_NK = checked(logits_NK, "logits", 2)
     if split_size < 1:
@@ -223,16 +222,16 @@ def spread(features_ND: np.ndarray, most: int = MMD_ROWS) -> np.ndarray:
 
 def warnings(measured: Measured, options: Options) -> list[str]:
     """What a reader of the numbers must know, one line each."""
-    lines = []
+    lines, (count, width) = [], measured.features.pool.shape
     has_score = measured.features.logits.shape[1] > 1
     if has_score and measured.origin.image_order == "class-sorted" and options.shuffle_seed is None:
         lines.append(
             "the samples are sorted by class: Inception Score over unshuffled splits sees few classes at a time and comes out low; "
             "give --shuffle 0, or write the samples in mixed order"
         )
-    if len(measured.features.pool) <= measured.features.pool.shape[1]:
+    if count <= width:
         lines.append(
-            f"{len(measured.features.pool):,} samples for {measured.features.pool.shape[1]:,} features: the Fréchet distance is exact (low-rank form) "
+            f"{count:,} samples for {width:,} features: the Fréchet distance is exact (low-rank form) "
             "and strongly biased upwards; compare at equal N only"
         )
     return lines

@@ -27,10 +27,9 @@ TIE = 1e-12
 def precision_recall(reference_MD: Array, samples_ND: Array, k: int = 3, mode: PRMode = "fp32", block: int = 1000) -> dict[str, Estimate]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) as ADM takes them: squared distances, `<=`, k-th neighbour without itself.
 
-    Precision is the share of samples inside the ball of any reference row, recall the share of reference rows in the ball of any sample.
-    "fp32" decides as ADM does without half precision; it is exact to float64 and counts ties as inside. "adm-fp16" rounds as ADM's published
-    numbers do, which shifts both by up to 0.01; a tile in which float16 overflows is done in full precision, as in ADM. Raises UserError when
-    a side has no k-th neighbour, for NaN, and when the widths differ.
+    Precision is the share of samples inside the ball of any reference row, recall that of reference rows in the ball of any sample. "fp32" is
+    exact to float64 and counts ties as inside; "adm-fp16" rounds as ADM's published numbers do, which shifts both by up to 0.01. Raises
+    UserError when a side has no k-th neighbour, for NaN, and when the widths differ.
     """
     reference_MD, samples_ND = _checked_sides(reference_MD, samples_ND, k, block)
     if mode not in ("fp32", "adm-fp16"):
@@ -54,9 +53,9 @@ def _share(is_in_N: Tensor) -> Estimate:
 def density_coverage(reference_MD: Array, samples_ND: Array, k: int = 5, block: int = 1000) -> dict[str, Estimate]:
     """Density and coverage (Naeem et al. 2020), with prdc's strict `<`: a sample on the rim of a ball is outside.
 
-    Density is the mean number of reference balls around a sample, divided by k; coverage the share of reference balls that hold a sample.
-    Reference and its balls are held fixed in both errors: density is a mean over samples, and coverage has the jackknife's error, from the
-    balls that each sample holds alone. By Efron and Stein (1981) that errs upwards, by two fifths where a tenth of the balls are empty.
+    Density is the mean number of reference balls around a sample, divided by k; coverage the share of reference balls that hold a sample. The
+    balls are held fixed in both errors: coverage has the jackknife's, from the balls that each sample holds alone. By Efron and Stein (1981)
+    that errs upwards, by two fifths where a tenth of the balls are empty.
     """
     reference_MD, samples_ND = _checked_sides(reference_MD, samples_ND, k, block)
     exact = partial(squared_distances, centre_D=reference_MD.double().median(0).values)

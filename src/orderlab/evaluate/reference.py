@@ -156,11 +156,7 @@ class Reference:
 
 
 def reference_of(
-    batches: Iterable[np.ndarray],
-    name: str,
-    network: Network,
-    labels_M: np.ndarray | None = None,
-    class_names: ClassNames | None = None,
+    batches: Iterable[np.ndarray], name: str, network: Network, labels_M: np.ndarray | None = None, class_names: ClassNames | None = None
 ) -> Reference:
     """A reference of images at hand, uint8 batches [B,H,W] or [B,H,W,3]; its hash is that of their pixels."""
     digest, parts = hashlib.sha256(), []
@@ -191,9 +187,8 @@ def read_reference(file: str | Path, network: Network, has_features: bool = True
         features_MD = _features(npz, network, digest) if has_features else None
         labels_M = npz.labels(len(features_MD)) if features_MD is not None else None
     if features_MD is not None and features_MD.shape[1] != len(pool.mean):
-        raise UserError(
-            f"{file} is of another feature network: mu has {len(pool.mean)} entries, {network.name} gives {features_MD.shape[1]}"
-        )
+        widths = f"mu has {len(pool.mean)} entries, {network.name} gives {features_MD.shape[1]}"
+        raise UserError(f"{file} is of another feature network: {widths}")
     return Reference(file.name, digest, pool, spatial, features_MD, labels_M, read_names(note.get("class_names")))
 
 
