@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orderlab.evaluate.distances import frechet_distance
     from orderlab.evaluate.likelihood import nll
-    from orderlab.evaluate.measure import frechet_distance
     from orderlab.models.gpt import GPT
     from orderlab.models.weights import load_gpt
     from orderlab.order.coverage import coverage
@@ -23,7 +23,7 @@ __all__ = ["GPT", "coverage", "frechet_distance", "generate", "load_gpt", "load_
 _HOMES = {
     "GPT": "orderlab.models.gpt",
     "coverage": "orderlab.order.coverage",
-    "frechet_distance": "orderlab.evaluate.measure",
+    "frechet_distance": "orderlab.evaluate.distances",
     "generate": "orderlab.sampling.generate",
     "load_gpt": "orderlab.models.weights",
     "load_run": "orderlab.study.hub",

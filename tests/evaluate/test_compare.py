@@ -8,9 +8,8 @@ from orderlab.data.npz import NpzWriter
 from orderlab.evaluate import compare
 from orderlab.evaluate.distances import moments
 from orderlab.evaluate.networks import Features
-from orderlab.evaluate.reference import Reference, make_reference
-from tests.evaluate.test_measure import image_folder
-from tests.evaluate.tiny import Tiny, noise
+from orderlab.evaluate.reference import Reference
+from tests.evaluate.tiny import Tiny, make_reference, noise
 
 NONE = np.zeros((0, 0), np.float32)
 
@@ -44,7 +43,7 @@ def test_error_of_a_difference_is_the_spread_of_repeated_draws():
         noise_ND = generator.normal(size=(240, 4))
         a, b = features(noise_ND * 1.1 + 0.4), features(noise_ND * 1.2 + 0.2)
         for row in compare.differences(a, b, reference, Tiny(), None, 6):
-            found.setdefault(row.metric, []).append((row.difference, row.standard_error))
+            found.setdefault(row["metric"], []).append((row["difference"], row["standard_error"]))
     for metric in ("FD-tiny", "KID-tiny", "precision (tiny)"):
         differences, errors = np.array(found[metric]).T
         assert np.mean(errors**2) ** 0.5 == pytest.approx(differences.std(), rel=0.25), metric
@@ -55,7 +54,7 @@ def test_a_set_against_itself_differs_by_nothing():
     reference = Reference("known", "", moments(np.random.default_rng(0).normal(size=(50, 4))), None, None)
     same = features(np.random.default_rng(1).normal(size=(40, 4)))
     (row,) = compare.differences(same, same, reference, Tiny(), None, 4)
-    assert (row.difference, row.standard_error, row.n, row.blocks) == (0.0, 0.0, 40, 4)
+    assert [row[name] for name in ("difference", "standard_error", "n", "blocks")] == [0.0, 0.0, 40, 4]
 
 
 def test_files_are_compared_at_equal_n_with_a_warning(tmp_path, monkeypatch):
@@ -72,10 +71,10 @@ def test_files_are_compared_at_equal_n_with_a_warning(tmp_path, monkeypatch):
             if labels is not None:
                 writer.array("arr_1", labels)
             writer.note(note)
-    make_reference(image_folder(tmp_path / "images", noise(60, 9)), tmp_path / "ref.npz", network)
+    reference = make_reference(tmp_path, noise(60, 9), network)
 
     def warned(first: str, second: str) -> str:
-        result = compare.run(tmp_path / f"{first}.npz", tmp_path / f"{second}.npz", reference=tmp_path / "ref.npz", blocks=4)
+        result = compare.run(tmp_path / f"{first}.npz", tmp_path / f"{second}.npz", reference=reference, blocks=4)
         (pair,) = result["pairs"]
         assert all(row["n"] == 40 for row in pair["differences"])
         return " ".join(pair["warnings"])

@@ -44,7 +44,7 @@ def test_what_is_no_torchscript_is_one_line(tmp_path):
     (tmp_path / "t.pt").write_bytes(b"text")
     torch.save({"a": torch.zeros(2)}, tmp_path / "weights.pt")
     for name in ("t.pt", "weights.pt"):
-        with pytest.raises(UserError, match="is not a TorchScript file"):
+        with pytest.raises(UserError, match=r"TorchScript file .*; expected what torch\.jit\.save wrote"):
             extractor(str(tmp_path / name))
     with pytest.raises(UserError, match="cannot be read"):
         extractor(str(tmp_path / "absent.pt"))
@@ -91,4 +91,4 @@ def test_efficientnet_sees_a_military_uniform():
         "FD", network.label, 1.0, None, 5000, None, network.name, network.weights_hash, "r", "", "adm", network.resize, "float64", Origin()
     )
     assert (found.metric, found.comparable) == ("FD-EffLite0", False)
-    assert extractors.NAMES[2] == network.name
+    assert extractors.NAMES[network.name] == network.name

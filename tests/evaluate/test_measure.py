@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from orderlab.config import UserError
+from orderlab.data.images import image_batches
 from orderlab.data.npz import NpzFile, NpzWriter
-from orderlab.evaluate import reference as record_module
-from orderlab.evaluate import score as verify_module
+from orderlab.evaluate import score
 from orderlab.evaluate.distances import frechet_distance_from_features
-from orderlab.evaluate.measure import Options, image_order, measure_images, records, warnings
-from orderlab.evaluate.reference import INCEPTION, Origin, make_reference, read_reference
+from orderlab.evaluate.measure import Options, image_order, measure_images, scores, warnings
+from orderlab.evaluate.reference import INCEPTION, Origin, read_reference, verified_references, write_reference
 from orderlab.evaluate.score import load_samples
-from tests.evaluate.tiny import Tiny, noise
+from tests.evaluate.tiny import Tiny, make_reference, measured, noise
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "metrics"
 
@@ -37,21 +37,11 @@ def sample_file(file: Path, images: np.ndarray, labels: np.ndarray | None = None
     return file
 
 
-def image_folder(folder: Path, images: np.ndarray) -> Path:
-    from PIL import Image
-
-    folder.mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:04d}.png")
-    return folder
-
-
 def test_a_reference_from_a_folder_measures_as_its_images_do(tmp_path):
     real, fake, network = noise(40, 1), noise(60, 2), Tiny()
-    assert make_reference(image_folder(tmp_path / "images", real), tmp_path / "ref.npz", network, keep=30) == 40
-    reference = read_reference(tmp_path / "ref.npz", network)
+    reference = read_reference(make_reference(tmp_path, real, network, keep=30), network)
     assert (reference.pool.count, len(reference.features_MD)) == (40, 30)
-    found = {r.quantity: r for r in records(measure_images([fake[:25], fake[25:]], network, Origin()), reference, network)}
+    found = {r.quantity: r for r in scores(measured(fake, network), reference)[0]}
     assert set(found) == {"FD", "sFD", "IS", "precision", "recall", "KID"}
     features, truth = network(fake), network(real)
     assert found["FD"].value == pytest.approx(frechet_distance_from_features(features.pool, truth.pool), rel=1e-6)
@@ -66,12 +56,11 @@ def test_a_reference_from_a_folder_measures_as_its_images_do(tmp_path):
 
 def test_fewer_samples_than_features_take_the_low_rank_form_and_are_warned_about(tmp_path):
     network = Tiny(widths=(50, 5, 4))
-    make_reference(image_folder(tmp_path / "images", noise(80, 1)), tmp_path / "ref.npz", network)
-    measured = measure_images([noise(20, 2)], network, Origin())
-    found = records(measured, read_reference(tmp_path / "ref.npz", network), network)[0]
+    samples, reference = measured(noise(20, 2), network), read_reference(make_reference(tmp_path, noise(80, 1), network), network)
+    found = scores(samples, reference)[0][0]
     exact = frechet_distance_from_features(network(noise(20, 2)).pool, network(noise(80, 1)).pool)
     assert found.value == pytest.approx(exact, rel=1e-6)
-    assert "strongly biased upwards" in " ".join(warnings(measured, Options()))
+    assert "strongly biased upwards" in " ".join(warnings(samples, Options()))
 
 
 def test_adms_layout_is_read_and_its_image_features_are_remembered(tmp_path, cache):
@@ -102,9 +91,9 @@ def test_a_reference_of_another_network_is_refused(network, message):
 
 
 def test_a_reference_of_other_weights_is_refused(tmp_path):
-    make_reference(image_folder(tmp_path / "images", noise(9, 1)), tmp_path / "ref.npz", Tiny())
+    file = make_reference(tmp_path, noise(9, 1), Tiny())
     with pytest.raises(UserError, match="made with other weights of tiny"):
-        read_reference(tmp_path / "ref.npz", Tiny(weights_hash="f" * 16))
+        read_reference(file, Tiny(weights_hash="f" * 16))
 
 
 @pytest.mark.parametrize(
@@ -127,9 +116,9 @@ def test_wrong_references_are_one_line(tmp_path, changes, message):
 
 def test_too_few_samples_for_precision_are_one_line(tmp_path):
     network = Tiny()
-    make_reference(image_folder(tmp_path / "images", noise(9, 1)), tmp_path / "ref.npz", network)
+    reference = read_reference(make_reference(tmp_path, noise(9, 1), network), network)
     with pytest.raises(UserError, match="k = 3 with 9 reference rows and 3 samples"):
-        records(measure_images([noise(3, 1)], network, Origin()), read_reference(tmp_path / "ref.npz", network), network)
+        scores(measured(noise(3, 1), network), reference)
 
 
 def test_features_that_are_not_finite_are_one_line(tmp_path):
@@ -139,11 +128,11 @@ def test_features_that_are_not_finite_are_one_line(tmp_path):
             features.pool[-1, 0] = np.nan
             return features
 
-    make_reference(image_folder(tmp_path / "images", noise(9, 1)), tmp_path / "ref.npz", Tiny())
+    reference = read_reference(make_reference(tmp_path, noise(9, 1), Tiny()), Tiny())
     with pytest.raises(UserError, match="holds NaN or infinite values"):
-        records(measure_images([noise(9, 1)], Broken(), Origin()), read_reference(tmp_path / "ref.npz", Tiny()), Tiny())
+        scores(measured(noise(9, 1), Broken()), reference)
     with pytest.raises(UserError, match="holds NaN or infinite values"):
-        make_reference(tmp_path / "images", tmp_path / "other.npz", Broken())
+        write_reference(image_batches(tmp_path / "images", 25), "images", tmp_path / "other.npz", Broken())
     assert not (tmp_path / "other.npz").exists()
 
 
@@ -159,20 +148,19 @@ def test_features_are_streamed_and_images_are_not_held():
             return super().__call__(images[:, :8, :8].copy())
 
     tracemalloc.start()
-    measured = measure_images(batches(), Cheap(), Origin())
+    found = measure_images(batches(), 1280, Cheap(), Origin())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(measured.features) == 1280
+    assert len(found.features.pool) == 1280
     assert peak < 3 * 64 * 256 * 256 * 3
 
 
-def test_a_known_count_gives_the_same_features():
+def test_batches_are_joined_in_their_order_and_counted():
     parts = [noise(5, 1), noise(5, 2), noise(3, 3)]
-    whole, streamed = measure_images(parts, Tiny(), Origin()), measure_images(parts, Tiny(), Origin(), None, 13)
-    for name in ("pool", "spatial", "logits"):
-        assert np.array_equal(getattr(whole.features, name), getattr(streamed.features, name))
+    found, whole = measure_images(parts, 13, Tiny(), Origin()).features, Tiny()(np.concatenate(parts))
+    assert all(np.allclose(*arrays, rtol=1e-5) for arrays in zip(found, whole))
     with pytest.raises(UserError, match="13 images came where 14 were announced"):
-        measure_images(parts, Tiny(), Origin(), None, 14)
+        measure_images(parts, 14, Tiny(), Origin())
 
 
 @pytest.mark.parametrize("has_labels", [True, False])
@@ -189,10 +177,10 @@ def test_class_sorted_samples_are_found_with_and_without_labels(has_labels):
 def test_a_class_sorted_file_is_warned_about_unless_it_is_shuffled(tmp_path):
     network, labels = Tiny(), np.repeat([0, 1], 10)
     samples = load_samples(sample_file(tmp_path / "s.npz", noise(20, 1), labels, label_mode="balanced", rounding="truncate", seeds=[4]))[0]
-    measured = samples.measured(network)
-    assert measured.origin == Origin("balanced", "class-sorted", "truncate", "unknown", (4,))
-    assert "sorted by class" in warnings(measured, Options())[0]
-    assert not any("sorted" in line for line in warnings(measured, Options(shuffle_seed=0)))
+    found = samples.measured(network)
+    assert found.origin == Origin("balanced", "class-sorted", "truncate", "unknown", (4,))
+    assert "sorted by class" in warnings(found, Options())[0]
+    assert not any("sorted" in line for line in warnings(found, Options(shuffle_seed=0)))
     assert not warnings(samples.measured(Tiny(widths=(6, 5, 0))), Options())  # no classes, no Inception Score
 
 
@@ -212,22 +200,20 @@ def test_paths_that_hold_no_samples_are_one_line(tmp_path):
 
 def test_a_reference_is_proved_by_adms_own_numbers_only(tmp_path, cache, monkeypatch):
     network = Tiny(name=INCEPTION, weights_hash="6726825d" + "0" * 56)
-    make_reference(image_folder(tmp_path / "images", noise(30, 1)), tmp_path / "ref.npz", network)
-    samples = sample_file(tmp_path / "adm.npz", noise(40, 2))
+    reference, samples = make_reference(tmp_path, noise(30, 1), network), sample_file(tmp_path / "adm.npz", noise(40, 2))
     with pytest.raises(UserError, match=r"FD of adm.npz against ref.npz is .*; ADM published 3.9426"):
-        verify_module.verify(tmp_path / "ref.npz", samples, network)
-    assert not record_module.verified_references()
-    truth = records(load_samples(samples)[0].measured(network), read_reference(tmp_path / "ref.npz", network), network, Options("adm-fp16"))
-    monkeypatch.setattr(verify_module, "PUBLISHED", {r.quantity: (r.value, 1e-6) for r in truth if r.quantity != "KID"})
-    verify_module.verify(tmp_path / "ref.npz", samples, network)
+        score.verify(reference, samples, network)
+    assert not verified_references()
+    truth = scores(load_samples(samples)[0].measured(network), read_reference(reference, network), Options("adm-fp16"))[0]
+    monkeypatch.setattr(score, "PUBLISHED", {r.quantity: (r.value, 1e-6) for r in truth if r.quantity != "KID"})
+    score.verify(reference, samples, network)
     proved = json.loads((cache / "verified-references.json").read_text())
-    assert set(proved) == {read_reference(tmp_path / "ref.npz", network).hash}
+    assert set(proved) == {read_reference(reference, network).hash}
     with pytest.raises(UserError, match="other weights than the field's"):
-        verify_module.verify(tmp_path / "ref.npz", samples, Tiny(name=INCEPTION))
+        score.verify(reference, samples, Tiny(name=INCEPTION))
 
 
 def test_our_reference_keeps_what_it_was_made_from(tmp_path):
-    make_reference(image_folder(tmp_path / "images", noise(9, 1)), tmp_path / "ref.npz", Tiny())
-    with NpzFile(tmp_path / "ref.npz") as npz:
+    with NpzFile(make_reference(tmp_path, noise(9, 1), Tiny())) as npz:
         note = npz.note()
     assert (note["network"], note["images"], note["weights_hash"]) == ("tiny", 9, "0123456789abcdef")

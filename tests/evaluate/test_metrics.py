@@ -10,18 +10,18 @@ import torch
 
 from orderlab.config import UserError
 from orderlab.evaluate import distances as frechet
-from orderlab.evaluate import measure as metrics
-from orderlab.evaluate.distances import frechet_influence, standard_error
-from orderlab.evaluate.measure import (
+from orderlab.evaluate.distances import (
     MomentAccumulator,
+    Moments,
     frechet_distance,
     frechet_distance_from_features,
-    frechet_standard_error,
-    inception_score,
+    frechet_influence,
     moments,
     one_blas_thread,
-    spatial_features,
+    standard_error,
 )
+from orderlab.evaluate.measure import inception_score
+from orderlab.evaluate.networks import spatial_features as of_map
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "metrics"
 ADM = json.loads((FIXTURES / "expected_adm.json").read_text())
@@ -48,6 +48,17 @@ def big():
     return runpy.run_path(str(FIXTURES / "recipes.py"))["recipe_big"]
 
 
+def spatial_features(map_NHWC):
+    """Of a map in the layout that the fixtures store."""
+    return of_map(torch.from_numpy(map_NHWC).permute(0, 3, 1, 2)).numpy()
+
+
+def adm_moments(features):
+    """Moments with the mean as ADM takes it: over float32 rows, in float32."""
+    result = moments(features)
+    return Moments(np.mean(features, axis=0, dtype=np.float32), result.covariance, result.count)
+
+
 def distance(first, second):
     return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
 
@@ -65,7 +76,7 @@ def assert_adm(value, expected, first, second):
 
 def test_moments_are_adms(pool):
     for side in ("ref", "smp"):
-        result = moments(pool[f"{side}_pool"], mean_dtype="float32")
+        result = adm_moments(pool[f"{side}_pool"])
         assert result.mean.dtype == np.float32
         assert np.array_equal(result.mean, pool[f"{side}_mu"])
         np.testing.assert_allclose(result.covariance, pool[f"{side}_sigma"], rtol=0, atol=1e-15)
@@ -88,19 +99,16 @@ def test_streamed_moments_agree_with_numpy():
 
 def test_spatial_features_flatten_rows_then_columns_then_channels(spatial):
     assert np.array_equal(spatial_features(spatial["nhwc_full_first4"]), spatial["flat_first4"])
-    assert np.array_equal(spatial_features(torch.from_numpy(spatial["nhwc_full_first4"])), spatial["flat_first4"])
     for side in ("ref", "smp"):
-        mean = moments(spatial_features(spatial[f"{side}_spatial_nhwc7"]), mean_dtype="float32").mean
+        mean = adm_moments(spatial_features(spatial[f"{side}_spatial_nhwc7"])).mean
         assert np.array_equal(mean, spatial[f"{side}_mu_s"])
-    with pytest.raises(UserError, match="permute an NCHW map"):
-        spatial_features(spatial["nhwc_full_first4"].transpose(0, 3, 1, 2)[..., :6])
 
 
 # Fréchet distance
 
 
 def test_fid_is_adms(pool):
-    sample, reference = moments(pool["smp_pool"], "float32"), moments(pool["ref_pool"], "float32")
+    sample, reference = adm_moments(pool["smp_pool"]), adm_moments(pool["ref_pool"])
     assert_adm(distance(sample, reference), ADM["R"]["adm_pool"]["fid"], sample, reference)
     assert_adm(distance(reference, sample), ADM["R"]["adm_pool"]["fid"], sample, reference)
     for name in ("cleanfid_fid_from_feats", "dgm_fd", "dgm_fd_eff"):
@@ -113,21 +121,21 @@ def test_fid_is_adms(pool):
 
 def test_sfid_is_adms(spatial):
     sample, reference = (spatial_features(spatial[f"{side}_spatial_nhwc7"][:, 1:5, 2:6]) for side in ("smp", "ref"))
-    sample, reference = moments(sample, "float32"), moments(reference, "float32")
+    sample, reference = adm_moments(sample), adm_moments(reference)
     assert_adm(distance(sample, reference), ADM["R"]["adm_spatial"]["sfid_fullrank_112"], sample, reference)
 
 
 def test_sfid_with_fewer_rows_than_features_is_adms(spatial):
     sample, reference = (spatial_features(spatial[f"{side}_spatial_nhwc7"]) for side in ("smp", "ref"))
     expected = ADM["R"]["adm_spatial"]["sfid_rank_deficient"]
-    assert distance(moments(sample, "float32"), moments(reference, "float32")) == pytest.approx(expected, abs=5e-5)
+    assert distance(adm_moments(sample), adm_moments(reference)) == pytest.approx(expected, abs=5e-5)
     assert frechet_distance_from_features(sample, reference) == pytest.approx(expected, abs=5e-5)
 
 
 @pytest.mark.slow
 def test_fid_at_2048_features(big):
     x, y = big(5000, 2048, 1, 0.0), big(5000, 2048, 2, 0.01)
-    sample, reference = moments(x, "float32"), moments(y, "float32")
+    sample, reference = adm_moments(x), adm_moments(y)
     assert_adm(distance(sample, reference), ADM["big"]["fid_5000x2048_seed1_vs_seed2"], sample, reference)
     expected = ADM["big"]["fid_1000x2048_rank_deficient"]
     assert distance(moments(x[:1000]), moments(y[:1200])) == pytest.approx(expected, abs=5e-5)
@@ -182,8 +190,8 @@ def test_standard_error_of_the_frechet_distance_is_the_spread_of_repeated_draws(
     mix = generator.normal(size=(8, 8)) / 3
     mean, covariance = np.full(8, 0.3), np.diag(np.linspace(0.3, 1.5, 8))
     draws = [generator.normal(size=(400, 8)) @ mix for _ in range(400)]
-    distances = [distance(moments(draw), metrics.Moments(mean, covariance, 0)) for draw in draws]
-    errors = [frechet_standard_error(draw, mean, covariance) for draw in draws]
+    distances = [distance(moments(draw), Moments(mean, covariance, 0)) for draw in draws]
+    errors = [standard_error(frechet_influence(draw, Moments(mean, covariance, 0))) for draw in draws]
     assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.12)
 
 
@@ -196,7 +204,8 @@ def test_influences_give_the_error_of_a_difference_of_paired_sets():
         first = generator.normal(size=(200, 4)) * [1, 0.8, 1.2, 0.9]
         second = 1.1 * first + 0.2 * generator.normal(size=(200, 4))
         sides = [
-            (distance(moments(x), metrics.Moments(mean, covariance, 0)), frechet_influence(x, mean, covariance)) for x in (first, second)
+            (distance(moments(x), Moments(mean, covariance, 0)), frechet_influence(x, Moments(mean, covariance, 0)))
+            for x in (first, second)
         ]
         differences.append(sides[0][0] - sides[1][0])
         errors.append(standard_error(sides[0][1] - sides[1][1]))
@@ -205,10 +214,9 @@ def test_influences_give_the_error_of_a_difference_of_paired_sets():
     assert np.mean(independent) > 2 * np.std(differences)
 
 
-def test_standard_error_from_given_moments_is_the_same(pool):
+def test_influence_from_given_moments_is_the_same(pool):
     reference, sample = moments(pool["ref_pool"]), moments(pool["smp_pool"])
-    expected = frechet_standard_error(pool["smp_pool"], reference.mean, reference.covariance)
-    assert frechet_standard_error(pool["smp_pool"], reference.mean, reference.covariance, sample) == expected
+    assert np.array_equal(frechet_influence(pool["smp_pool"], reference), frechet_influence(pool["smp_pool"], reference, sample))
 
 
 @pytest.mark.parametrize("width", [300, 513])
@@ -224,7 +232,8 @@ def test_products_in_panels_are_the_whole_products(width):
 
 def test_standard_error_with_singular_covariances():
     x = np.random.default_rng(3).normal(size=(10, 30))
-    assert 0 < frechet_standard_error(x, np.zeros(30), np.diag([1.0] * 5 + [0.0] * 25)) < 10
+    reference = Moments(np.zeros(30), np.diag([1.0] * 5 + [0.0] * 25), 0)
+    assert 0 < standard_error(frechet_influence(x, reference)) < 10
 
 
 # Inception Score
@@ -232,13 +241,13 @@ def test_standard_error_with_singular_covariances():
 
 @pytest.mark.parametrize(("key", "split_size"), [("is_default_5000", 5000), ("is_split50", 50), ("is_split64", 64)])
 def test_inception_score_is_adms(logits, key, split_size):
-    assert inception_score(logits, split_size).mean == pytest.approx(ADM["R"]["adm_pool"][key], rel=2e-6)
+    assert inception_score(logits, split_size).value == pytest.approx(ADM["R"]["adm_pool"][key], rel=2e-6)
 
 
 def test_inception_score_of_class_sorted_samples_is_lower(pool, logits):
     result = inception_score(logits[pool["class_sorted_order"]], 50)
-    assert result.mean == pytest.approx(ADM["R"]["adm_pool"]["is_split50_class_sorted"], rel=2e-6)
-    assert result.mean < inception_score(logits, 50).mean
+    assert result.value == pytest.approx(ADM["R"]["adm_pool"]["is_split50_class_sorted"], rel=2e-6)
+    assert result.value < inception_score(logits, 50).value
     assert len(result.splits) == 4
 
 
@@ -247,24 +256,24 @@ def test_inception_score_of_class_sorted_samples_is_lower(pool, logits):
 )
 def test_inception_score_is_torch_fidelitys(logits, key, split_size, seed):
     result = inception_score(logits, split_size, seed)
-    assert result.mean == pytest.approx(TORCH[key]["inception_score_mean"], rel=1e-12)
+    assert result.value == pytest.approx(TORCH[key]["inception_score_mean"], rel=1e-12)
     assert np.std(result.splits) == pytest.approx(TORCH[key]["inception_score_std"], rel=1e-12)
 
 
 def test_underflowed_probabilities_count_as_zero(pool):
     assert ADM["R"]["adm_pool"]["is_nan"] == "nan"
     result = inception_score(pool["smp_pool"] @ pool["W_nan"])
-    assert np.isfinite([result.mean, result.se]).all()
+    assert np.isfinite([result.value, result.se]).all()
     certain = np.full((40, 4), -1e4, dtype=np.float32)
     certain[np.arange(40), np.arange(40) % 4] = 1e4
-    assert inception_score(certain).mean == pytest.approx(4, rel=1e-12)
-    assert inception_score(certain[::4]).mean == pytest.approx(1, rel=1e-12)
+    assert inception_score(certain).value == pytest.approx(4, rel=1e-12)
+    assert inception_score(certain[::4]).value == pytest.approx(1, rel=1e-12)
 
 
 def test_standard_error_of_the_inception_score_is_the_spread_of_repeated_draws():
     generator = np.random.default_rng(4)
     results = [inception_score(generator.normal(size=(300, 6)) * 2 + np.linspace(0, 2, 6), 100) for _ in range(400)]
-    assert np.mean([result.se for result in results]) == pytest.approx(np.std([result.mean for result in results]), rel=0.12)
+    assert np.mean([result.se for result in results]) == pytest.approx(np.std([result.value for result in results]), rel=0.12)
 
 
 # Threads and faults
@@ -304,7 +313,7 @@ EYE = np.eye(3)
         (lambda: frechet_distance(np.full(3, 1e200), EYE, np.zeros(3), EYE), "overflows"),
         (lambda: frechet_distance_from_features(GOOD, GOOD[:, :2]), "3 and 2 features"),
         (lambda: frechet_distance_from_features(GOOD, GOOD[:1]), "at least 2 rows"),
-        (lambda: frechet_standard_error(GOOD, np.zeros(2), EYE[:2, :2]), "3 features and the reference 2"),
+        (lambda: frechet_influence(GOOD, Moments(np.zeros(2), EYE[:2, :2], 0)), "3 features and the reference 2"),
         (lambda: inception_score(BAD), "NaN or infinite"),
         (lambda: inception_score(GOOD, 0), "split_size is 0"),
     ],

@@ -22,11 +22,11 @@ def test_the_class_that_is_off_stands_out_and_the_others_are_unbiased():
     reference = generator.normal(size=(600, 4))
     samples = generator.normal(size=(180, 4)) + (labels_N == 5)[:, None]
     rows = per_class(samples, labels_N, reference, labels_M)
-    assert [(row.label, row.n, row.n_reference) for row in rows] == [(3, 60, 200), (5, 60, 200), (7, 60, 200)]
-    assert rows[1].kid > 4 * rows[1].kid_standard_error
-    assert all(abs(row.kid) < 4 * row.kid_standard_error for row in (rows[0], rows[2]))
-    assert rows[1].fd > 3 * rows[1].fd_bias
-    assert 0.3 < rows[0].fd / rows[0].fd_bias < 3, "where nothing is wrong the distance is its bias"
+    assert [(row["label"], row["n"], row["n_reference"]) for row in rows] == [(3, 60, 200), (5, 60, 200), (7, 60, 200)]
+    assert rows[1]["kid"] > 4 * rows[1]["kid_standard_error"]
+    assert all(abs(row["kid"]) < 4 * row["kid_standard_error"] for row in (rows[0], rows[2]))
+    assert rows[1]["fd"] > 3 * rows[1]["fd_bias"]
+    assert 0.3 < rows[0]["fd"] / rows[0]["fd_bias"] < 3, "where nothing is wrong the distance is its bias"
 
 
 def test_classes_that_cannot_be_measured_are_named():
@@ -97,11 +97,11 @@ def test_nearest_rows_are_found_across_tiles(monkeypatch):
     monkeypatch.setattr("orderlab.evaluate.compare.TILE", 7)
     generator = np.random.default_rng(1)
     training, queries = generator.normal(size=(40, 5)).astype(np.float32), generator.normal(size=(11, 5)).astype(np.float32)
-    found = nearest(queries, training, 3)
+    distances_NK, rows_NK = nearest(queries, training, 3)
     distances = np.linalg.norm(queries[:, None].astype(float) - training[None], axis=2)
-    assert np.array_equal(found.rows_NK, np.argsort(distances, axis=1)[:, :3])
-    np.testing.assert_allclose(found.distances_NK, np.sort(distances, axis=1)[:, :3], rtol=1e-6)
-    assert nearest(training[5:6], training, 1).distances_NK[0, 0] == 0
+    assert np.array_equal(rows_NK, np.argsort(distances, axis=1)[:, :3])
+    np.testing.assert_allclose(distances_NK, np.sort(distances, axis=1)[:, :3], rtol=1e-6)
+    assert nearest(training[5:6], training, 1)[0][0, 0] == 0
     with pytest.raises(UserError, match="41 neighbours among 40"):
         nearest(queries, training, 41)
 

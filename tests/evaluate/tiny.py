@@ -1,11 +1,17 @@
 """A feature network small enough for unit tests, with the widths of the stored tiny reference: D = 6, S = 5, K = 4."""
 
+from pathlib import Path
+
 import numpy as np
+from PIL import Image
 
-from orderlab.evaluate.networks import Features, as_rgb
+from orderlab.data.images import image_batches
+from orderlab.evaluate.measure import Measured, measure_images
+from orderlab.evaluate.networks import Features, Network, as_rgb
+from orderlab.evaluate.reference import Origin, write_reference
 
 
-class Tiny:
+class Tiny(Network):
     label = "tiny"
     resize = "none"
 
@@ -24,3 +30,17 @@ class Tiny:
 def noise(count: int, seed: int, side: int = 8) -> np.ndarray:
     """uint8 images [count, side, side, 3]."""
     return np.random.RandomState(seed).randint(0, 256, (count, side, side, 3)).astype(np.uint8)
+
+
+def measured(images: np.ndarray, network: Network, labels: np.ndarray | None = None) -> Measured:
+    """The features of images that come in two batches."""
+    return measure_images(np.array_split(images, 2), len(images), network, Origin(), labels)
+
+
+def make_reference(folder: Path, images: np.ndarray, network: Network, keep: int = 10_000) -> Path:
+    """A reference file from a folder of these images."""
+    (folder / "images").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"images/{i:04d}.png")
+    assert write_reference(image_batches(folder / "images", 25), "images", folder / "ref.npz", network, keep) == len(images)
+    return folder / "ref.npz"

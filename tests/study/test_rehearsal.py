@@ -127,7 +127,7 @@ def test_rehearsal(
     score(files, image_tree / "validation", tmp_path, again, capsys)
     monkeypatch.setitem(catalog.SCALES, "paper", small_paper())
     monkeypatch.setattr(catalog, "GUIDANCES", (2.0,))
-    monkeypatch.setattr("orderlab.evaluate.networks.inception", lambda: Seeded(seeded_weights()))
+    monkeypatch.setattr("orderlab.evaluate.inception.inception", lambda: Seeded(seeded_weights()))
     report(killed, data, small_vq, image_tree / "validation", capsys)
 
 

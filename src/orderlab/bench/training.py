@@ -25,7 +25,7 @@ import torch
 
 from orderlab.config import DataConfig, GPTConfig, MaskedTask, OrderHeadTask, RandomOrder, RunConfig, UserError
 from orderlab.data.tokens import TokenMeta, write_token_set
-from orderlab.evaluate.distances import MomentAccumulator, frechet_distance, frechet_standard_error, mmd, moments, one_blas_thread
+from orderlab.evaluate.distances import MomentAccumulator, frechet_distance, frechet_influence, mmd, moments, one_blas_thread
 from orderlab.evaluate.neighbours import precision_recall
 from orderlab.models.gpt import PRESETS
 from orderlab.order.policy import draw_masks, draw_orders
@@ -265,7 +265,7 @@ def _measure(samples: int, width: int, repeats: int, stream: int, has_scipy: boo
         if has_scipy:
             theirs = _sqrtm(own.covariance, reference.covariance)
             seconds.setdefault("sqrtm", []).append(theirs["seconds"])
-    _timed(seconds, "standard_error", lambda: frechet_standard_error(sample_ND, reference.mean, reference.covariance, own))
+    _timed(seconds, "standard_error", lambda: frechet_influence(sample_ND, reference, own))
     _timed(seconds, "kid", lambda: mmd(sample_ND, reference_ND))
     result: dict[str, Any] = {
         "device": device_name(),

@@ -1,14 +1,17 @@
 """Exact negative log-likelihood of an image under any order: no bound, no sampling, dropout off, no guidance, temperature 1.
 
-p(x | class, order) is the product over steps of the model's conditionals. A causal model gives them all in one teacher-forced
-pass, a masked model one step at a time (`masked_likelihood.py`), so a masked run is measured on fewer images; its mean over
-all orders ("any-order") costs a few passes an image.
+p(x | class, order) is the product over steps of the model's conditionals. A causal model gives them all in one teacher-forced pass; a masked one
+reveals one token at a time, P passes an image, so that it is measured on fewer images. Its mean of -log p over all P! orders ("any-order") costs
+less: a term is P/k times the cross-entropy of k masked tokens, k uniform. By Jensen's inequality that mean bounds -log of the orders' mean
+probability from above, which is what sampling in a random order of each image's own draws from.
+
+B batch · N images · P grid position · T generation step · S steps at once · V codebook
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,15 +35,11 @@ from orderlab.runtime.files import add_to_json, read_json
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling.semifast import draft
 
-# B batch · P grid position · T generation step · V codebook
-
-
 BATCH = 250
+ROWS = 256  # of one forward pass of a masked model
 MASKED_IMAGES = 500  # of the validation set, evenly spaced: a masked model takes P passes an image
 ANY_ORDER, ANY_ORDER_DRAWS = "any-order", 8
 DRAFT_GUIDANCE = 2.0  # as the catalogue samples
-Orders = Callable[[Tensor, Tensor], Tensor]
-"""(classes_B, indices of the images) -> order_BT."""
 
 
 @torch.inference_mode()
@@ -69,130 +68,14 @@ def check_tokens(model: Backbone, classes: Tensor, tokens: Tensor) -> tuple[Tens
     tokens = torch.as_tensor(tokens)
     classes = torch.as_tensor(classes, device=tokens.device).long()
     if tokens.dim() != 2 or len(tokens) == 0 or tokens.shape[1] != positions:
-        raise UserError(
-            f"tokens have shape {tuple(tokens.shape)}; expected [B, {positions}] for a {model.config.grid[0]}x{model.config.grid[1]} grid"
-        )
+        grid = "{}x{}".format(*model.config.grid)
+        raise UserError(f"tokens have shape {tuple(tokens.shape)}; expected [B, {positions}] for a {grid} grid")
     if len(classes) != len(tokens):
         raise UserError(f"{len(classes)} classes for {len(tokens)} images; expected one class per image")
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise UserError(f"tokens reach from {int(tokens.min())} to {int(tokens.max())}; the vocabulary has {vocabulary} codes")
     model.check_classes(classes)
     return classes, tokens.long()
-
-
-def run(run_dir: str | Path, orders: Sequence[str], *, checkpoint: str = "final", target: bool | None = None) -> dict[str, dict[str, Any]]:
-    """`orderlab nll`: a run's exact validation NLL under each order, written to `nll.json` beside what is already there.
-
-    For each order: nats per token and its standard error over images, bits per image, and the curves by step and by position;
-    nats per token of each image lie in a file of `per_image/`, so that two orders or runs are compared image by image. "any-order" is a masked model's mean over all orders. Orders measured before on the same checkpoint are not measured again.
-    """
-    folder = RunFolder(run_dir)
-    config = folder.config()
-    names = [normalised(order) for order in orders]
-    file = folder.root / "nll.json"
-    results: dict[str, dict[str, Any]] = read_json(file) if file.exists() else {}
-    keys = {name: result_key(name, checkpoint, target) for name in names}
-    if any(key not in results for key in keys.values()):
-        model = load_model(folder.checkpoints / f"{checkpoint}.safetensors").to(own_device())
-        _, validation = token_sets(config.data, config.model.grid, folder.cache)
-        for name, result in keys.items():
-            if result not in results:
-                measured = measure_any_order(model, validation) if name == ANY_ORDER else measure(model, validation, name, target=target)
-                place = keep_per_image(folder.root, f"nll-{result}", {"NLL": measured.pop("per_image")})
-                results = add_to_json(file, {result: {**measured, "per_image": place}})
-    return {name: results[result] for name, result in keys.items()}
-
-
-def measure(model: ImageModel, token_set: TokenSet, order_name: str, *, target: bool | None = None) -> dict[str, Any]:
-    """Validation NLL of one order over a token set (its first view); over some of its images where the model is masked. "per_image" is [N].
-
-    "learned" takes each image in the order that an OrderHead gives to an independent draft of its class, so that the order tells
-    nothing of the image: exact for the orders drawn, and on average no less than -log p of the mixture over drafts (Jensen).
-    """
-    order_of = learned_orders(model) if order_name == LEARNED else _same_for_all(torch.as_tensor(path(order_name, *model.config.grid)))
-    body = model.gpt if isinstance(model, OrderedGPT) else model
-    target = model.target if isinstance(model, OrderedGPT) and target is None else target
-    device = body.norm.weight.device
-    by_position, by_step = [], []
-    chosen = evenly_spaced(len(token_set), MASKED_IMAGES if isinstance(model, MaskedModel) else len(token_set))
-    for indices in np.split(chosen, range(BATCH, len(chosen), BATCH)):
-        classes_B, tokens_BP = token_set.read(indices)
-        order_BT = order_of(classes_B, torch.from_numpy(indices)).cpu()
-        nll_BP = nll(body, classes_B.to(device), tokens_BP.to(device), order_BT.to(device), target=target).double().cpu()
-        by_position.append(nll_BP)
-        by_step.append(to_steps(nll_BP, order_BT))
-    nll_NP = torch.cat(by_position)
-    curves = {"per_step": torch.cat(by_step).mean(0).tolist(), "per_position": nll_NP.mean(0).tolist()}
-    return {**_summary(nll_NP.sum(1), body, token_set, chosen), **curves}
-
-
-def _same_for_all(order_P: Tensor) -> Orders:
-    return lambda classes_B, indices: order_P.expand(len(classes_B), -1)
-
-
-def learned_orders(model: ImageModel) -> Orders:
-    """The order of each image: what the OrderHead makes of a draft of its class, drawn by the image's index."""
-    if not isinstance(model, OrderedGPT):
-        raise UserError(
-            f"order {LEARNED} needs a GPT with an OrderHead; this checkpoint holds a {type(model).__name__}: name a path instead"
-        )
-
-    def orders(classes_B: Tensor, indices: Tensor) -> Tensor:
-        seeds = [key("likelihood-draft", int(index)) for index in indices]
-        _, scores_BP = draft(model, classes_B, seeds, {"guidance": DRAFT_GUIDANCE})
-        return in_two_groups(highest(scores_BP, model.task.first))
-
-    return orders
-
-
-def measure_any_order(model: ImageModel, token_set: TokenSet) -> dict[str, Any]:
-    """A masked model's validation NLL averaged over all orders, estimated from a few masks an image."""
-    if not isinstance(model, MaskedModel):
-        raise UserError(f"order {ANY_ORDER} is for masked models; name the orders of a causal one")
-    device = model.norm.weight.device
-    parts = []
-    for start in range(0, len(token_set), BATCH):
-        classes_B, tokens_BP = token_set.read(np.arange(start, min(start + BATCH, len(token_set))))
-        keyed = generator("any-order", start)
-        parts.append(any_order_nll(model, classes_B.to(device), tokens_BP.to(device), ANY_ORDER_DRAWS, keyed).cpu())
-    return _summary(torch.cat(parts), model, token_set, np.arange(len(token_set)))
-
-
-def _summary(nats_N: Tensor, model: Backbone, token_set: TokenSet, indices: np.ndarray) -> dict[str, Any]:
-    """From nats an image: nats a token with its standard error, bits an image, what a uniform guess would have, and which images it was."""
-    per_token_N = nats_N / model.config.positions
-    classes_N, tokens_NP = token_set.read(indices)
-    return {
-        "nll_per_token": float(per_token_N.mean()),
-        "standard_error": float(per_token_N.std() / len(per_token_N) ** 0.5) if len(per_token_N) > 1 else None,
-        "bits_per_image": float(nats_N.mean() / math.log(2)),
-        "images": len(nats_N),
-        "uniform_nll": math.log(model.config.vocabulary),
-        "image_set": image_set(classes_N.numpy(), tokens_NP.numpy()),
-        "per_image": per_token_N.numpy(),
-    }
-
-
-def result_key(order: str, checkpoint: str, target: bool | None) -> str:
-    """The name of a measurement in nll.json: "zigzag@final", "random:0@random-end@target"."""
-    suffix = {None: "", True: "@target", False: "@no-target"}[target]
-    return f"{normalised(order)}@{checkpoint}{suffix}"
-
-
-def normalised(order: str) -> str:
-    """The order's one name: "random" is "random:0"."""
-    if order in (ANY_ORDER, *PATHLESS):
-        return order
-    base, seed = parse_order_name(order)
-    return f"random:{seed}" if base == "random" else base
-
-
-# MERGED FROM evaluate.masked_likelihood: Likelihood of a masked model: exact under a given order, and its mean over all orders. A masked model has no one-pass likelihood. Under an order it factorises like any other: reveal one token at a time, each taken given those before it, which is P forward passes an image instead of one. The mean of -log p over all P! orders costs less: a term of it is P/k times the cross-entropy of k masked tokens, k uniform. By Jensen's inequality that mean bounds -log of the orders' mean probability from above, which is what sampling in a random order of each image's own draws from.
-
-# B batch · S steps at once · P grid position · T generation step · M masked tokens of a batch
-
-
-ROWS = 256  # of one forward pass
 
 
 @torch.inference_mode()
@@ -234,3 +117,101 @@ def any_order_nll(model: MaskedModel, classes_B: Tensor, tokens_BP: Tensor, draw
         nll_BP = masked_nll(model, classes_B, tokens_BP, is_masked_BP)
         total_B += nll_BP.double().sum(1) * positions / counts_B.to(total_B.device)
     return total_B / draws
+
+
+def run(run_dir: str | Path, orders: Sequence[str], *, checkpoint: str = "final", target: bool | None = None) -> dict[str, dict[str, Any]]:
+    """`orderlab nll`: a run's exact validation NLL under each order, written to `nll.json` beside what is already there.
+
+    For each order: nats per token and its standard error over images, bits per image, and the curves by step and by position; nats per token
+    of each image lie in a file of `per_image/`, so that two orders or runs are compared image by image. "any-order" is a masked model's mean
+    over all orders. Orders measured before on the same checkpoint are not measured again.
+    """
+    folder = RunFolder(run_dir)
+    config = folder.config()
+    file = folder.root / "nll.json"
+    results: dict[str, dict[str, Any]] = read_json(file) if file.exists() else {}
+    keys = {normalised(order): result_key(order, checkpoint, target) for order in orders}
+    if any(key not in results for key in keys.values()):
+        model = load_model(folder.checkpoints / f"{checkpoint}.safetensors").to(own_device())
+        _, validation = token_sets(config.data, config.model.grid, folder.cache)
+        for name, result in keys.items():
+            if result not in results:
+                measured = measure_any_order(model, validation) if name == ANY_ORDER else measure(model, validation, name, target=target)
+                place = keep_per_image(folder.root, f"nll-{result}", {"NLL": measured.pop("per_image")})
+                results = add_to_json(file, {result: {**measured, "per_image": place}})
+    return {name: results[result] for name, result in keys.items()}
+
+
+def measure(model: ImageModel, token_set: TokenSet, order_name: str, *, target: bool | None = None) -> dict[str, Any]:
+    """Validation NLL of one order over a token set (its first view); over some of its images where the model is masked. "per_image" is [N].
+
+    "learned" takes each image in the order that an OrderHead gives to an independent draft of its class, so that the order tells
+    nothing of the image: exact for the orders drawn, and on average no less than -log p of the mixture over drafts (Jensen).
+    """
+    body = model.gpt if isinstance(model, OrderedGPT) else model
+    target = model.target if isinstance(model, OrderedGPT) and target is None else target
+    is_learned = order_name == LEARNED
+    path_T = torch.as_tensor(path("raster" if is_learned else order_name, *model.config.grid))
+    device = body.norm.weight.device
+    by_position, by_step = [], []
+    chosen = evenly_spaced(len(token_set), MASKED_IMAGES if isinstance(model, MaskedModel) else len(token_set))
+    for rows in np.split(chosen, range(BATCH, len(chosen), BATCH)):
+        classes_B, tokens_BP = token_set.read(rows)
+        order_BT = learned_orders(model, classes_B, rows) if is_learned else path_T.expand(len(rows), -1)
+        nll_BP = nll(body, classes_B.to(device), tokens_BP.to(device), order_BT.to(device), target=target).double().cpu()
+        by_position.append(nll_BP)
+        by_step.append(to_steps(nll_BP, order_BT))
+    nll_NP = torch.cat(by_position)
+    curves = {"per_step": torch.cat(by_step).mean(0).tolist(), "per_position": nll_NP.mean(0).tolist()}
+    return {**_summary(nll_NP.sum(1), body, token_set, chosen), **curves}
+
+
+def learned_orders(model: ImageModel, classes_B: Tensor, images: np.ndarray) -> Tensor:
+    """What the OrderHead makes of a draft of each image's class, drawn by the image's number: [B, T]."""
+    if not isinstance(model, OrderedGPT):
+        kind = type(model).__name__
+        raise UserError(f"order {LEARNED} needs a GPT with an OrderHead; this checkpoint holds a {kind}: name a path instead")
+    seeds = [key("likelihood-draft", int(image)) for image in images]
+    _, scores_BP = draft(model, classes_B, seeds, {"guidance": DRAFT_GUIDANCE})
+    return in_two_groups(highest(scores_BP, model.task.first)).cpu()
+
+
+def measure_any_order(model: ImageModel, token_set: TokenSet) -> dict[str, Any]:
+    """A masked model's validation NLL averaged over all orders, estimated from a few masks an image."""
+    if not isinstance(model, MaskedModel):
+        raise UserError(f"order {ANY_ORDER} is for masked models; name the orders of a causal one")
+    device, rows_N, parts = model.norm.weight.device, np.arange(len(token_set)), []
+    for rows in np.split(rows_N, range(BATCH, len(rows_N), BATCH)):
+        classes_B, tokens_BP = token_set.read(rows)
+        keyed = generator("any-order", int(rows[0]))
+        parts.append(any_order_nll(model, classes_B.to(device), tokens_BP.to(device), ANY_ORDER_DRAWS, keyed).cpu())
+    return _summary(torch.cat(parts), model, token_set, rows_N)
+
+
+def _summary(nats_N: Tensor, model: Backbone, token_set: TokenSet, indices: np.ndarray) -> dict[str, Any]:
+    """From nats an image: nats a token with its standard error, bits an image, what a uniform guess would have, and which images it was."""
+    per_token_N = nats_N / model.config.positions
+    classes_N, tokens_NP = token_set.read(indices)
+    return {
+        "nll_per_token": float(per_token_N.mean()),
+        "standard_error": float(per_token_N.std() / len(per_token_N) ** 0.5) if len(per_token_N) > 1 else None,
+        "bits_per_image": float(nats_N.mean() / math.log(2)),
+        "images": len(nats_N),
+        "uniform_nll": math.log(model.config.vocabulary),
+        "image_set": image_set(classes_N.numpy(), tokens_NP.numpy()),
+        "per_image": per_token_N.numpy(),
+    }
+
+
+def result_key(order: str, checkpoint: str, target: bool | None) -> str:
+    """The name of a measurement in nll.json: "zigzag@final", "random:0@random-end@target"."""
+    suffix = {None: "", True: "@target", False: "@no-target"}[target]
+    return f"{normalised(order)}@{checkpoint}{suffix}"
+
+
+def normalised(order: str) -> str:
+    """The order's one name: "random" is "random:0"."""
+    if order in (ANY_ORDER, *PATHLESS):
+        return order
+    base, seed = parse_order_name(order)
+    return f"random:{seed}" if base == "random" else base

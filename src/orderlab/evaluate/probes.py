@@ -1,14 +1,19 @@
-"""What the next prediction of a checkpoint depends on, found by editing its input: tests in the place of opinions.
+"""What a checkpoint's next prediction depends on, how far its heads look, and what went wrong with an OrderHead's run.
 
-Two orders with one prefix and different next positions: is their input the same (the ambiguous target), or does the model tell
-them apart? Editing one token at a time: which of those generated, and which of those to come, reach the next prediction? And
-how far do the heads look? All on evenly spaced validation images and trained weights, kept in the run folder's `probes.json`.
+Probes edit the input. Two orders with one prefix and different next positions: is their input the same (the ambiguous target), or are they told
+apart? Editing one token at a time: which of those generated, and of those to come, reach the next prediction? How far a causal model's heads
+look is the mean attention distance of ViT's authors (2010.11929): a slot lies where its input token does, its distance is the mean of those, in
+grid cells, to the tokens it attends to, weighted by attention; the class slot is left out. All is of evenly spaced validation images, kept in the
+run's `probes.json`. An OrderHead's run is judged by its scores and cross-entropy. The bounds lie between the study's own figures: a score_std of
+1.6 where scores were useful, 14 to 17 as an explosion, 0.46 and 0.04 as collapses, a cross-entropy above 7.3 nats, where raster has 6.8, as a
+destabilised body.
+
+B batch · N edited copies · P grid position · T generation step or slot · H heads · K head dim · V codebook
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,10 +34,14 @@ from orderlab.order.perm import as_batch, put, rank, states_at, to_steps
 from orderlab.runtime.files import add_to_json, read_json
 from orderlab.runtime.run import RunFolder
 
-# B batch · N edited copies · P grid position · T generation step · V codebook
-
-
 IMAGES, EDITS, ATTENTION_IMAGES = 4, 32, 100
+EXPLODED, COLLAPSED, DEGRADED = 5.0, 0.5, 0.5
+"""Bounds: score_std above (and growing), score_std below, nats above the raster baseline."""
+FIRST_LOOK = 0.1  # of a run: scores begin near zero, so that nothing is said before
+WINDOW = 0.05  # of a run: what is compared are means over windows
+
+
+# Edited inputs
 
 
 def run(run_dir: str | Path, order_name: str, *, checkpoint: str = "final", target: bool | None = None) -> dict[str, Any]:
@@ -109,9 +118,7 @@ def reach(
     return float(share_N[is_before_N].mean()), float(share_N[~is_before_N].mean())
 
 
-# MERGED FROM evaluate.attention: How far the heads of a causal model look: mean attention distance, as ViT's authors measure it (2010.11929), head by head. A slot lies where its input token does. Its distance is the mean of the distances, in grid cells, to the tokens it attends to, weighted by attention; the class slot has no place and is left out, the rest renormalised. Averaged over slots and images.
-
-# B batch · T slot · H heads · K head dim · P grid position
+# Attention distance
 
 
 @torch.inference_mode()
@@ -119,9 +126,27 @@ def attention_distance(model: GPT, classes_B: Tensor, tokens_BP: Tensor, order: 
     """Mean attention distance of each layer's heads under an order, in grid cells: [layers, H]."""
     order_BT = as_batch(order, len(tokens_BP), model.config.positions).to(tokens_BP.device)
     distance_BTT = _distances(model.config.grid, order_BT[:, :-1])
-    with model.evaluating(), _recorded(model) as seen:
-        model.hidden(classes_B, to_steps(tokens_BP, order_BT), order_BT, target=target)
-    return torch.stack([_mean_distance(weights_BHTT, distance_BTT) for weights_BHTT in seen])
+    found: list[Tensor] = []
+
+    def record(attention: Attention, arguments: tuple[Tensor, Tensor, bool]) -> None:
+        """The layer's attention weights, computed again from what it is given."""
+        x_BTD, rope_BTK2, is_causal = arguments
+        q_BTHK, k_BTHK, _ = attention.wqkv(x_BTD).unflatten(-1, (3, attention.heads, -1)).unbind(2)
+        q_BTHK, k_BTHK = rotate(q_BTHK, rope_BTK2), rotate(k_BTHK, rope_BTK2)
+        scores_BHTT = torch.einsum("bihk,bjhk->bhij", q_BTHK, k_BTHK).float() / q_BTHK.shape[-1] ** 0.5
+        if is_causal:
+            is_later_TT = torch.ones(scores_BHTT.shape[-2:], dtype=torch.bool, device=x_BTD.device).triu(1)
+            scores_BHTT = scores_BHTT.masked_fill(is_later_TT, -torch.inf)
+        found.append(_mean_distance(scores_BHTT.softmax(-1), distance_BTT))
+
+    hooks = [block.attention.register_forward_pre_hook(record) for block in model.layers if isinstance(block, Block)]
+    try:
+        with model.evaluating():
+            model.hidden(classes_B, to_steps(tokens_BP, order_BT), order_BT, target=target)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)
 
 
 def uniform_distance(grid: tuple[int, int], order_T: Tensor) -> float:
@@ -145,35 +170,7 @@ def _mean_distance(weights_BHTT: Tensor, distance_BTT: Tensor) -> Tensor:
     return ((among_BHTT * distance_BTT[:, None]).sum(-1) / share_BHT.clamp(min=1e-12)).mean((0, 2))
 
 
-@contextmanager
-def _recorded(model: GPT) -> Iterator[list[Tensor]]:
-    """The attention weights [B, H, T, T] of each layer of the passes inside, computed again from what the layer is given."""
-    seen: list[Tensor] = []
-
-    def record(attention: Attention, arguments: tuple[Tensor, Tensor, bool]) -> None:
-        x_BTD, rope_BTK2, is_causal = arguments
-        q_BTHK, k_BTHK, _ = attention.wqkv(x_BTD).unflatten(-1, (3, attention.heads, -1)).unbind(2)
-        q_BTHK, k_BTHK = rotate(q_BTHK, rope_BTK2), rotate(k_BTHK, rope_BTK2)
-        scores_BHTT = torch.einsum("bihk,bjhk->bhij", q_BTHK, k_BTHK).float() / q_BTHK.shape[-1] ** 0.5
-        if is_causal:
-            is_later_TT = torch.ones(scores_BHTT.shape[-2:], dtype=torch.bool, device=x_BTD.device).triu(1)
-            scores_BHTT = scores_BHTT.masked_fill(is_later_TT, -torch.inf)
-        seen.append(scores_BHTT.softmax(-1))
-
-    hooks = [block.attention.register_forward_pre_hook(record) for block in model.layers if isinstance(block, Block)]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-# MERGED FROM evaluate.diagnosis: What is wrong with an OrderHead run, by a stated rule on its scores and its cross-entropy. The bounds lie between the study's own figures. It reports a score_std of 1.6 where scores were useful, 14 to 17 as an explosion, 0.46 and 0.04 as collapses, and calls a body with a cross-entropy above 7.3 nats, where raster has 6.8, destabilised.
-
-EXPLODED, COLLAPSED, DEGRADED = 5.0, 0.5, 0.5
-"""Bounds: score_std above (and growing), score_std below, nats above the raster baseline."""
-FIRST_LOOK = 0.1  # of a run: scores begin near zero, so that nothing is said before
-WINDOW = 0.05  # of a run: what is compared are means over windows
+# An OrderHead's failures
 
 
 def failure_modes(
@@ -181,8 +178,8 @@ def failure_modes(
 ) -> list[str]:
     """The names of what went wrong, the scores first; empty where nothing did.
 
-    `score_std` is a series over the run (growing means above its start), or one figure (no figure: nothing is said of scores); `ce` the cross-entropy in learned orders and
-    `baseline` raster's, in nats a token. A frozen body that was trained in raster alone is a fault of its own.
+    `score_std` is a series over the run (growing means above its start), or one figure, or none, of which nothing is said; `ce` is the
+    cross-entropy in learned orders and `baseline` raster's, in nats a token. A frozen body that was trained in raster alone is a fault of its own.
     """
     modes = []
     if score_std and score_std[-1] > EXPLODED and (len(score_std) == 1 or score_std[-1] > score_std[0]):
@@ -248,14 +245,14 @@ class Diagnosis:
         self.remember(steps)
         new = [mode for mode in self.modes() if mode not in self.told]
         self.told |= set(new)
-        return [self._record(mode, int(steps[-1]["images"])) for mode in new]
-
-    def _record(self, mode: str, images: int) -> dict[str, Any]:
+        if not new:
+            return []
         score_std, ce = (windows(values, self.steps)[-1] for values in (self.score_std, self.ce))
         against = "" if self.baseline is None else f", raster's {self.baseline:.2f}"
-        step = images // self.batch
-        message = f"{mode} at step {step}: score_std {score_std:.2f}, cross-entropy {ce:.2f}{against}"
-        return {"alert": mode, "images": images, "step": step, "score_std": score_std, "ce": ce, "message": message}
+        images = int(steps[-1]["images"])
+        here = {"images": images, "step": images // self.batch, "score_std": score_std, "ce": ce}
+        said = f"at step {here['step']}: score_std {score_std:.2f}, cross-entropy {ce:.2f}{against}"
+        return [{"alert": mode, **here, "message": f"{mode} {said}"} for mode in new]
 
 
 def verdict(config: RunConfig, runs: Path, records: Sequence[dict[str, Any]]) -> str:

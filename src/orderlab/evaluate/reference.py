@@ -1,15 +1,17 @@
-"""References that samples are measured against: ADM's files, and our own from a folder of images or a token set.
+"""What samples are measured against, and the record of a measured number: everything it depends on and the name it may be printed under.
 
-ADM's layout: `arr_0` images for precision and recall, `mu`, `sigma` of the pooled and `mu_s`, `sigma_s` of the spatial features. Ours adds
-`pool`, the features of `arr_0`, and a note with the network they came from: a reference of another network is refused.
+A reference is one of ADM's files (`arr_0` images, `mu`, `sigma` of the pooled and `mu_s`, `sigma_s` of the spatial features) or our own, which
+adds `pool`, the features of `arr_0`, and a note with the network they came from. A number compares with the field's tables (ADM, LlamaGen, RAR)
+when it has their network, their resize, their reference file and 50,000 samples. That is computed here, never typed: bare `FID` is a name that
+only such a record gets; 5,000 samples are `FID-5K`, another network is `FD-<network>`.
 
-D feature dimension · M reference rows · N images
+M reference rows · N images
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,24 +21,20 @@ import numpy as np
 
 from orderlab.config import UserError
 from orderlab.data.imagenet import ClassNames, read_names, stored_names
-from orderlab.data.images import ImageSource, image_batches
+from orderlab.data.images import ImageSource
 from orderlab.data.npz import NpzFile, NpzWriter
 from orderlab.evaluate.distances import MomentAccumulator, Moments, moments
 from orderlab.evaluate.inception import SHA256_PREFIX, cache_folder
-from orderlab.evaluate.networks import FeatureExtractor, concatenate
+from orderlab.evaluate.networks import INCEPTION, Network, concatenate
 from orderlab.runtime.files import add_to_json, file_sha256, read_json, remove
 from orderlab.runtime.run import code_version
 
-# MERGED FROM evaluate.record: The record of a measured number: everything it depends on, the name it may be printed under, and whether published numbers compare. A number compares with the field's tables (ADM, LlamaGen, RAR) when it has their network, their resize, their reference file and 50,000 samples. That is computed here from hashes, counts and protocol, never typed: bare `FID` is a name that only such a record gets. 5,000 samples are `FID-5K`; another network is `FD-<network>`.
-
-INCEPTION = "inception-2015-12-05"
+BATCH = 250
 FIELD_SAMPLES = 50_000
 FIELD_RESIZE = "256x256, TensorFlow 1 bilinear to 299"
 FIELD_NAMES = {"FD": "FID", "sFD": "sFID"}
 REFERENCED = ("FD", "sFD", "precision", "recall")
 TOKENS = "tok"  # the label of a distance to decoded validation tokens
-# SHA-256 of reference files that are known to be ADM's. Files proved on this machine are added by `orderlab reference verify`.
-KNOWN_REFERENCES: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -83,33 +81,27 @@ class Record:
     """the name that the number is printed under"""
 
     def __post_init__(self) -> None:
-        reasons = tuple(self._differences())
+        reasons = self._differences()
+        name = metric_name(self.quantity, self.label, self.network, self.weights_hash, self.n)
+        name += " (fp32)" if self.protocol == "adm-fp32" else ""
         object.__setattr__(self, "not_comparable", reasons)
         object.__setattr__(self, "comparable", not reasons)
-        object.__setattr__(self, "metric", self._name())
+        object.__setattr__(self, "metric", name if reasons else FIELD_NAMES.get(self.quantity, self.quantity))
 
-    def _differences(self) -> list[str]:
-        differences = []
-        if self.network != INCEPTION or not self.weights_hash.startswith(SHA256_PREFIX):
-            differences.append(f"network {self.network} with weights {self.weights_hash[:8] or 'unknown'}")
-        if self.n != FIELD_SAMPLES:
-            differences.append(f"{self.n:,} samples")
-        if self.protocol != "adm":
-            differences.append(f"protocol {self.protocol}")
-        if self.resize != FIELD_RESIZE:
-            differences.append(f"resize {self.resize}")
-        if self.quantity == "IS" and self.origin.image_order == "class-sorted":
-            differences.append("samples sorted by class")
-        if self.quantity in REFERENCED and self.reference_hash not in verified_references():
-            differences.append("the reference is not known to be ADM's (orderlab reference verify)")
-        if self.quantity not in (*REFERENCED, "IS"):
-            differences.append(f"{self.quantity} is not one of ADM's metrics")
-        return differences
-
-    def _name(self) -> str:
-        suffix = " (fp32)" if self.protocol == "adm-fp32" else ""
-        named = metric_name(self.quantity, self.label, self.network, self.weights_hash, self.n)
-        return FIELD_NAMES.get(self.quantity, self.quantity) if self.comparable else named + suffix
+    def _differences(self) -> tuple[str, ...]:
+        is_referenced, is_fields = self.quantity in REFERENCED, _is_fields_network(self.network, self.weights_hash)
+        is_unknown = is_referenced and self.reference_hash not in verified_references()
+        is_sorted = self.quantity == "IS" and self.origin.image_order == "class-sorted"
+        differences = {
+            f"network {self.network} with weights {self.weights_hash[:8] or 'unknown'}": not is_fields,
+            f"{self.n:,} samples": self.n != FIELD_SAMPLES,
+            f"protocol {self.protocol}": self.protocol != "adm",
+            f"resize {self.resize}": self.resize != FIELD_RESIZE,
+            "samples sorted by class": is_sorted,
+            "the reference is not known to be ADM's (orderlab reference verify)": is_unknown,
+            f"{self.quantity} is not one of ADM's metrics": not is_referenced and self.quantity != "IS",
+        }
+        return tuple(text for text, differs in differences.items() if differs)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, the origin's fields among the others."""
@@ -121,34 +113,30 @@ def metric_name(quantity: str, label: str, network: str, weights_hash: str, n: i
     """The name of a number that published ones do not compare with: FID-5K with the field's network, FD-<label> with another."""
     if quantity == "rFD":
         return f"{metric_name('FD', label, network, weights_hash, n)} (reconstruction)"
-    if network == INCEPTION and weights_hash.startswith(SHA256_PREFIX):
-        return f"{FIELD_NAMES.get(quantity, quantity)}{'-tok' if label == TOKENS else ''}-{short_count(n)}"
+    if _is_fields_network(network, weights_hash):
+        count = f"{n // 1000}K" if n and n % 1000 == 0 else n
+        return f"{FIELD_NAMES.get(quantity, quantity)}{'-tok' if label == TOKENS else ''}-{count}"
     if quantity in ("FD", "sFD", "KID", "IS"):
         return f"{quantity}-{label}"
     return f"{quantity} ({label})" if quantity in ("precision", "recall", "density", "coverage") else quantity
 
 
-def short_count(n: int) -> str:
-    """5000 is 5K, 1234 is 1234."""
-    return f"{n // 1000}K" if n and n % 1000 == 0 else str(n)
+def _is_fields_network(network: str, weights_hash: str) -> bool:
+    return network == INCEPTION and weights_hash.startswith(SHA256_PREFIX)
 
 
 def verified_references() -> frozenset[str]:
-    """Hashes of the reference files known to be ADM's: the package's own, and those that reproduced ADM's numbers on this machine."""
+    """SHA-256 of the reference files that reproduced ADM's numbers on this machine (`orderlab reference verify`)."""
     file = cache_folder() / "verified-references.json"
     try:
-        proved = read_json(file) if file.exists() else {}
+        return frozenset(read_json(file) if file.exists() else {})
     except UserError:
-        proved = {}
-    return KNOWN_REFERENCES | frozenset(proved if isinstance(proved, dict) else {})
+        return frozenset()
 
 
 def remember_reference(reference_hash: str, evidence: dict[str, Any]) -> None:
     """Keep a reference's hash with the numbers that prove it."""
     add_to_json(cache_folder() / "verified-references.json", {reference_hash: evidence})
-
-
-BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -168,11 +156,7 @@ class Reference:
 
 
 def reference_of(
-    batches: Iterable[np.ndarray],
-    name: str,
-    network: FeatureExtractor,
-    labels_M: np.ndarray | None = None,
-    class_names: ClassNames | None = None,
+    batches: Iterable[np.ndarray], name: str, network: Network, labels_M: np.ndarray | None = None, class_names: ClassNames | None = None
 ) -> Reference:
     """A reference of images at hand, uint8 batches [B,H,W] or [B,H,W,3]; its hash is that of their pixels."""
     digest, parts = hashlib.sha256(), []
@@ -190,41 +174,37 @@ def network_of(file: str | Path) -> str:
         return str(npz.note().get("network", INCEPTION))
 
 
-def read_reference(file: str | Path, network: FeatureExtractor, has_features: bool = True) -> Reference:
+def read_reference(file: str | Path, network: Network, has_features: bool = True) -> Reference:
     """A reference file, ADM's or ours. Raises UserError when it is damaged, lacks a key or belongs to another feature network."""
     file = Path(file)
     with NpzFile(file) as npz:
         npz.require("mu", "sigma", why="expected a reference such as VIRTUAL_imagenet256_labeled.npz or one of orderlab reference")
         note = npz.note()
-        _check_network(file, note, network)
-        pool = _moments(npz, "mu", "sigma", _count(file, note))
-        spatial = _moments(npz, "mu_s", "sigma_s", pool.count) if "mu_s" in npz or "sigma_s" in npz else None
+        _check_note(file, note, network)
+        pool = _moments(npz, "", note.get("images", 0))
+        spatial = _moments(npz, "_s", pool.count) if "mu_s" in npz or "sigma_s" in npz else None
         digest = file_sha256(file)
         features_MD = _features(npz, network, digest) if has_features else None
         labels_M = npz.labels(len(features_MD)) if features_MD is not None else None
     if features_MD is not None and features_MD.shape[1] != len(pool.mean):
-        raise UserError(
-            f"{file} is of another feature network: mu has {len(pool.mean)} entries, {network.name} gives {features_MD.shape[1]}"
-        )
+        widths = f"mu has {len(pool.mean)} entries, {network.name} gives {features_MD.shape[1]}"
+        raise UserError(f"{file} is of another feature network: {widths}")
     return Reference(file.name, digest, pool, spatial, features_MD, labels_M, read_names(note.get("class_names")))
 
 
-def _count(file: Path, note: dict[str, Any]) -> int:
-    count = note.get("images", 0)
-    if not isinstance(count, int) or count < 0:
-        raise UserError(f"{file}: its note gives {count!r:.40} as the number of images; make it again")
-    return count
-
-
-def _check_network(file: Path, note: dict[str, Any], network: FeatureExtractor) -> None:
+def _check_note(file: Path, note: dict[str, Any], network: Network) -> None:
     made_by = note.get("network", INCEPTION)
     if made_by != network.name:
         raise UserError(f"{file} was made with the feature network {made_by}, the samples are seen by {network.name}; use one for both")
     if note and note.get("weights_hash") != network.weights_hash:
         raise UserError(f"{file} was made with other weights of {made_by} ({note.get('weights_hash')}); make it again with these")
+    count = note.get("images", 0)
+    if not isinstance(count, int) or count < 0:
+        raise UserError(f"{file}: its note gives {count!r:.40} as the number of images; make it again")
 
 
-def _moments(npz: NpzFile, mean: str, covariance: str, count: int) -> Moments:
+def _moments(npz: NpzFile, suffix: str, count: int) -> Moments:
+    mean, covariance = f"mu{suffix}", f"sigma{suffix}"
     npz.require(mean, covariance, why=f"expected both {mean} and {covariance}")
     mean_D, covariance_DD = npz.array(mean, 1), npz.array(covariance, 2)
     for name, array in ((mean, mean_D), (covariance, covariance_DD)):
@@ -235,7 +215,7 @@ def _moments(npz: NpzFile, mean: str, covariance: str, count: int) -> Moments:
     return Moments(mean_D, covariance_DD, count)
 
 
-def _features(npz: NpzFile, network: FeatureExtractor, digest: str) -> np.ndarray | None:
+def _features(npz: NpzFile, network: Network, digest: str) -> np.ndarray | None:
     """Pooled features of the reference's images: stored, remembered in the cache, or computed and remembered."""
     if "arr_0" not in npz:
         return None
@@ -259,52 +239,34 @@ def _features(npz: NpzFile, network: FeatureExtractor, digest: str) -> np.ndarra
     return pool_MD
 
 
-def make_reference(source: str | Path, out: str | Path, network: FeatureExtractor, keep: int = 10_000, size: int | None = None) -> int:
-    """Write a reference of all images of a folder or token set; up to `keep` of them, evenly spaced, are kept for precision and recall.
+def write_reference(found: ImageSource, name: str, out: str | Path, network: Network, keep: int = 10_000) -> int:
+    """Write a reference of images from anywhere; up to `keep` of them, evenly spaced, are kept for precision and recall.
 
-    Returns the number of images behind the moments. Raises UserError for a folder without images and for images of unequal sizes.
+    `name` says in the file where they came from. Returns the number of images behind the moments.
     """
-    return write_reference(image_batches(source, BATCH, size), str(source), out, network, keep)
-
-
-def write_reference(found: ImageSource, name: str, out: str | Path, network: FeatureExtractor, keep: int = 10_000) -> int:
-    """The same of images from anywhere; `name` says in the file where they came from."""
     if keep < 1:
         raise UserError(f"--keep {keep}: expected one image or more for precision and recall")
     kept = np.unique(np.linspace(0, found.count - 1, min(keep, found.count)).round().astype(int))
-    pool, spatial = MomentAccumulator(), MomentAccumulator()
+    pool, spatial, parts, start = MomentAccumulator(), MomentAccumulator(), [], 0
     with NpzWriter(out) as writer:
         with writer.rows("arr_0", (len(kept), found.height, found.width, 3), np.uint8) as add:
-            parts = list(_measured(found.batches, network, kept, add, pool, spatial))
+            for images in found.batches:
+                features = network(images)
+                pool.add(features.pool)
+                if features.spatial.shape[1]:
+                    spatial.add(features.spatial)
+                rows = kept[(kept >= start) & (kept < start + len(images))] - start
+                add(images[rows])
+                parts.append(features.pool[rows])
+                start += len(images)
         if found.labels_N is not None:
             writer.array("arr_1", found.labels_N[kept].astype(np.int64))
-        writer.array("mu", pool.result().mean)
-        writer.array("sigma", pool.result().covariance)
-        if spatial.has_rows:
-            writer.array("mu_s", spatial.result().mean)
-            writer.array("sigma_s", spatial.result().covariance)
+        for suffix, accumulator in (("", pool), ("_s", spatial)):
+            if accumulator.count or not suffix:
+                moments_of = accumulator.result()
+                writer.array(f"mu{suffix}", moments_of.mean)
+                writer.array(f"sigma{suffix}", moments_of.covariance)
         writer.array("pool", np.concatenate(parts))
         note = {"network": network.name, "weights_hash": network.weights_hash, "resize": network.resize, "images": found.count}
         writer.note({**note, "class_names": stored_names(found.class_names), "source": name, "code": code_version()})
     return found.count
-
-
-def _measured(
-    batches: Iterator[np.ndarray],
-    network: FeatureExtractor,
-    kept: np.ndarray,
-    add: Any,
-    pool: MomentAccumulator,
-    spatial: MomentAccumulator,
-) -> Iterator[np.ndarray]:
-    """Take in every batch; yields the pooled features of the kept rows, whose images go to `add`."""
-    start = 0
-    for images in batches:
-        features = network(images)
-        pool.add(features.pool)
-        if features.spatial.shape[1]:
-            spatial.add(features.spatial)
-        rows = kept[(kept >= start) & (kept < start + len(images))] - start
-        add(images[rows])
-        yield features.pool[rows]
-        start += len(images)

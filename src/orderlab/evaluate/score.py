@@ -1,16 +1,18 @@
 """`orderlab score`: the metrics of sample sets, each number with its network, sample count, reference and hashes.
 
-A run's sets are decoded by the tokenizer of its data and measured against two references: real images (the toy scale's are the
-package's validation images, ImageNet's a file) and the decoded validation tokens of the data ("FD-tok", which isolates the
-model from the tokenizer). Their records lie in the run's `scores.json`, at every scale; the tokenizer's own reconstruction stands beside
-them. Samples of other people, and other choices than the ones a run is scored by, are measured by the same code and written nowhere.
+A run's sets are decoded by the tokenizer of its data and measured against two references: real images (the toy scale's are the package's
+validation images, ImageNet's a file) and the decoded validation tokens ("FD-tok", which isolates the model from the tokenizer). Their records
+lie in the run's `scores.json`, the tokenizer's own reconstruction beside them. Samples of other people, and other choices than the ones a run
+is scored by, are measured by the same code (`measure.py`) and written nowhere.
+
+M reference rows · N samples
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,219 +25,21 @@ from orderlab.data.images import SUFFIXES, image_batches
 from orderlab.data.npz import NpzFile
 from orderlab.data.tokens import TokenSet, decode, fashion_images, token_sets, tokenizer
 from orderlab.evaluate.distances import frechet_distance_from_features, image_set, keep_per_image, mmd
-from orderlab.evaluate.measure import Measured, Options, measure_images, reconstruction, records, scores, warnings
-from orderlab.evaluate.networks import EfficientNetLite0, FashionFeatures, FeatureExtractor, default_network
-from orderlab.evaluate.networks import extractor as load_network
-from orderlab.evaluate.reference import (
-    BATCH,
-    INCEPTION,
-    SHA256_PREFIX,
-    Origin,
-    Record,
-    Reference,
-    network_of,
-    read_reference,
-    reference_of,
-    remember_reference,
-)
+from orderlab.evaluate.inception import SHA256_PREFIX
+from orderlab.evaluate.measure import Measured, Options, measure_images, reconstruction, scores, warnings
+from orderlab.evaluate.networks import NAMES, FashionFeatures, Network, default_network, extractor
+from orderlab.evaluate.reference import BATCH, Origin, Record, Reference, network_of, read_reference, reference_of, remember_reference
 from orderlab.runtime.dist import own_device
 from orderlab.runtime.files import add_to_json, file_sha256, read_json
 from orderlab.runtime.run import RunFolder, run_of
 from orderlab.sampling.sample import SampleSet, decoded
 
-# MERGED FROM evaluate.samples: Samples to be measured, wherever they lie: an npz file, a sample set, or all sample sets of a run folder. N images · H, W pixels
+FEWEST = 4  # images of a class that is measured
+# ADM's evaluator on its own samples, and how far another framework's arithmetic may move it (seen: 0.002, 0.0001, 0.14, 0.001, 0.003).
+PUBLISHED = {"FD": (3.9426, 0.01), "sFD": (6.1404, 0.01), "IS": (215.84, 0.5), "precision": (0.8265, 0.002), "recall": (0.5309, 0.005)}
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Images that can be walked through, and what is known of them."""
-
-    name: str
-    count: int
-    height: int
-    width: int
-    labels_N: np.ndarray | None
-    origin: Origin
-    images: Callable[[], Iterator[np.ndarray]]
-    """starts a walk over uint8 batches [batch, H, W, 3]"""
-    folder: Path | None = None
-    """of a sample set"""
-    class_names: ClassNames | None = None
-    """what the labels number"""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.height, self.width
-
-    def measured(self, network: FeatureExtractor) -> Measured:
-        return measure_images(self.images(), network, self.origin, self.labels_N, self.count)
-
-
-def load_samples(path: str | Path) -> list[Samples]:
-    """The samples at `path`: one for a file or a sample set, one a set for a run folder. Raises UserError when there are none."""
-    path = Path(path)
-    if path.is_file():
-        return [_from_npz(path)]
-    if (path / "sample.json").exists():
-        return [from_set(path)]
-    if (path / "config.json").exists():
-        sets = sorted(file.parent for file in (path / "samples").glob("*/sample.json"))
-        if sets:
-            return [from_set(folder) for folder in sets]
-        raise UserError(f"{path} has no samples; run orderlab sample first")
-    if any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
-        return [_from_folder(path)]
-    raise UserError(f"{path} is neither an npz file, a sample set, a run folder nor a folder of images; expected one of these")
-
-
-def _from_folder(folder: Path) -> Samples:
-    """Images as LlamaGen's sampler leaves them: 000000.png, ... in the order of their numbers, their labels unknown; subfolders are classes."""
-    found = image_batches(folder, BATCH)
-    name = f"{folder.name} ({found.count:,} image files, {'labels unknown' if found.labels_N is None else 'classes by folder'})"
-    return Samples(
-        name,
-        found.count,
-        found.height,
-        found.width,
-        found.labels_N,
-        Origin(),
-        lambda: image_batches(folder, BATCH).batches,
-        class_names=found.class_names,
-    )
-
-
-def _from_npz(file: Path) -> Samples:
-    with NpzFile(file) as npz:
-        npz.require("arr_0", why="expected a sample file with uint8 images [N, H, W, 3] under arr_0")
-        count, height, width, _ = npz.image_shape()
-        labels_N, note = npz.labels(count), npz.note()
-    origin = _origin(note)
-
-    def images() -> Iterator[np.ndarray]:
-        with NpzFile(file) as npz:
-            yield from npz.images(BATCH)
-
-    names = read_names(note.get("class_names"))
-    return Samples(file.name, count, height, width, labels_N, origin, images, class_names=names)
-
-
-def _origin(note: dict[str, Any]) -> Origin:
-    """What a file says of its own making; anything else than strings and whole numbers counts as unknown."""
-    known = {name: value if isinstance(value := note.get(name), str) else "unknown" for name in ("label_mode", "rounding", "resize")}
-    seeds = note.get("seeds")
-    whole = tuple(seed for seed in seeds if isinstance(seed, int)) if isinstance(seeds, list) else ()
-    return Origin(known["label_mode"], rounding=known["rounding"], resize_before_rounding=known["resize"], seeds=whole)
-
-
-def from_set(folder: Path) -> Samples:
-    """A run's sample set, decoded batch by batch by the tokenizer of the run's data. Raises UserError where it is damaged."""
-    folder = folder.absolute() if folder.name else Path.cwd()
-    samples = SampleSet(folder)
-    vq = tokenizer(run_of(folder).config().data.tokenizer, own_device())
-    height, width = (side * vq.config.downsampling for side in samples.grid)
-    origin = Origin(label_mode=samples.config.labels, rounding="llamagen", resize_before_rounding="none", seeds=(samples.config.seed,))
-    labels_N = samples.classes_N.astype(np.int64)
-    return Samples(
-        folder.name,
-        len(labels_N),
-        height,
-        width,
-        labels_N,
-        origin,
-        lambda: decoded(samples, vq, "llamagen", None),
-        folder.absolute(),
-        samples.class_names,
-    )
-
-
-NETWORKS = {INCEPTION: "inception", FashionFeatures.name: "fashion", EfficientNetLite0.name: "efficientnet-lite0"}
-
-
-def network_for(size: tuple[int, int], name: str | None, reference: Path | None = None) -> FeatureExtractor:
-    """The network called `name`, else the one that the reference was made with, else the one that fits images of this size."""
-    if name is None and reference is not None:
-        made_by = network_of(reference)
-        if made_by not in NETWORKS:
-            raise UserError(f"{reference} was made with the feature network {made_by}; name its file with --network")
-        name = NETWORKS[made_by]
-    return load_network(name or default_network(*size))
-
-
-def reference_for(file: Path | None, network: FeatureExtractor) -> Reference:
-    """The reference file, or for the toy classifier the package's validation images."""
-    if file is not None:
-        return read_reference(file, network)
-    if isinstance(network, FashionFeatures):
-        return fashion_reference(DataConfig(), network)
-    raise UserError(f"samples seen by {network.name} need --reference FILE (ADM's npz, or one of orderlab reference)")
-
-
-@lru_cache(maxsize=2)
-def fashion_reference(data: DataConfig, network: FashionFeatures) -> Reference:
-    """The validation images of a toy scale's data."""
-    images, labels = fashion_images(data, "validation")
-    return reference_of([images], f"{len(images)} validation images", network, labels.astype(np.int64), CLASSES)
-
-
-# MERGED FROM evaluate.per_class: Quality class by class: a kernel distance, unbiased at any count, and the low-rank Fréchet distance, which is not. At 50 images a class the Fréchet distance is mostly bias: it ranks classes, and its value says little. So the kernel distance stands first, and beside the Fréchet distance stands what as many reference images score against the rest of their class: the part that is there without a model. M reference rows · N sample rows
-
-FEWEST = 4
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """One class; `fd_bias` is the distance of as many real images (or half of them) to the others."""
-
-    label: int
-    n: int
-    n_reference: int
-    kid: float
-    kid_standard_error: float
-    fd: float
-    fd_bias: float
-
-
-def per_class(samples_ND: np.ndarray, labels_N: np.ndarray, reference_MD: np.ndarray, labels_M: np.ndarray) -> list[ClassRow]:
-    """A row for each class that both sides have. Raises UserError when a shared class has fewer than 4 images, or none is shared."""
-    shared = np.intersect1d(labels_N, labels_M)
-    if not len(shared):
-        raise UserError("samples and reference share no class; expected labels of one numbering on both sides")
-    rows = []
-    for label in shared:
-        own_ND, real_MD = samples_ND[labels_N == label], reference_MD[labels_M == label]
-        if min(len(own_ND), len(real_MD)) < FEWEST:
-            raise UserError(
-                f"class {label} has {len(own_ND)} samples and {len(real_MD)} reference images; expected {FEWEST} or more of both"
-            )
-        distance = mmd(own_ND, real_MD)
-        held = min(len(own_ND), len(real_MD) // 2)
-        chosen = np.zeros(len(real_MD), bool)
-        chosen[np.linspace(0, len(real_MD) - 1, held).round().astype(int)] = True
-        rows.append(
-            ClassRow(
-                label=int(label),
-                n=len(own_ND),
-                n_reference=len(real_MD),
-                kid=distance.value,
-                kid_standard_error=distance.se,
-                fd=frechet_distance_from_features(own_ND, real_MD),
-                fd_bias=frechet_distance_from_features(real_MD[chosen], real_MD[~chosen]),
-            )
-        )
-    return rows
-
-
-# N images · P grid position
-
-
-@dataclass(frozen=True)
-class References:
-    """What a run's sample sets are measured against, and the network that all were seen with."""
-
-    network: FeatureExtractor
-    real: Reference
-    tokens: Reference
-    """decoded validation tokens"""
+# A run's own scores
 
 
 def run(
@@ -254,31 +58,12 @@ def run(
     missing = [name for name in names if not is_scored(folder, name, found, digest)]
     if missing:
         config = folder.config()
-        against = _references(config.data, config.model.grid, folder.cache, reference, network)
+        seen, real, tokens = _references(config.data, config.model.grid, folder.cache, reference, network)
         if not _is_against(found.get("tokenizer"), digest):
-            record = reconstruction(against.tokens, against.real, against.network)
-            found = add_to_json(folder.scores, {"tokenizer": [record.as_dict()]})
+            found = add_to_json(folder.scores, {"tokenizer": [reconstruction(tokens, real, seen).as_dict()]})
         for name in missing:
-            found = add_to_json(folder.scores, {name: _score_set(folder, name, against)})
+            found = add_to_json(folder.scores, {name: _score_set(folder, name, seen, real, tokens)})
     return {name: found[name] for name in names}
-
-
-def check(reference: Path) -> None:
-    """UserError where a reference or the network it was made with cannot be read: said before a training, not after it."""
-    read_reference(reference, network_for((0, 0), None, reference), has_features=False)
-
-
-def _score_set(folder: RunFolder, name: str, against: References) -> dict[str, Any]:
-    sample_set, samples = SampleSet(folder.samples / name), from_set(folder.samples / name)
-    options = Options(has_kid=False, has_agreement=isinstance(against.network, FashionFeatures))
-    measured = samples.measured(against.network)
-    records, per_image = scores(measured, against.real, against.network, options, against.tokens)
-    return {
-        **sample_set.meta,
-        "records": [record.as_dict() for record in records],
-        "image_set": image_set(sample_set.classes_N, str(sample_set.config.seed)),
-        "per_image": keep_per_image(folder.root, f"scores-{name}", per_image),
-    }
 
 
 def is_scored(folder: RunFolder, name: str, found: dict[str, Any], digest: str | None = None) -> bool:
@@ -294,25 +79,80 @@ def _is_against(records: list[dict[str, Any]] | None, digest: str | None) -> boo
     return records is not None and (digest is None or any(record.get("reference_hash") == digest for record in records))
 
 
+def check(reference: Path) -> None:
+    """UserError where a reference or the network it was made with cannot be read: said before a training, not after it."""
+    read_reference(reference, network_for((0, 0), None, reference), has_features=False)
+
+
 @lru_cache(maxsize=2)
-def _references(data: DataConfig, grid: tuple[int, int], cache: Path, file: Path | None, name: str | None) -> References:
-    """The references of a data config; made once per process, whatever the number of runs."""
+def _references(
+    data: DataConfig, grid: tuple[int, int], cache: Path, file: Path | None, name: str | None
+) -> tuple[Network, Reference, Reference]:
+    """The feature network of a data config, its real images and its decoded validation tokens; made once per process."""
     if file is None and data.source != "fashion":
         raise UserError("the samples of an ImageNet run need --reference FILE (ADM's npz, or one of orderlab reference)")
     _, validation = token_sets(data, grid, cache)
-    downsampling = tokenizer(data.tokenizer).config.downsampling
-    network = network_for((grid[0] * downsampling, grid[1] * downsampling), name, file)
-    is_own = file is None and data.source == "fashion" and isinstance(network, FashionFeatures)
-    real = fashion_reference(data, network) if is_own else reference_for(file, network)
-    tokens = reference_of(_decoded(validation, data, grid), f"{len(validation)} decoded validation images", network)
-    return References(network, real, tokens)
-
-
-def _decoded(token_set: TokenSet, data: DataConfig, grid: tuple[int, int]) -> Iterator[np.ndarray]:
     vq = tokenizer(data.tokenizer, own_device())
-    for start in range(0, len(token_set), BATCH):
-        _, tokens_NP = token_set.read(np.arange(start, min(start + BATCH, len(token_set))))
-        yield decode(vq, tokens_NP, grid)
+    network = network_for((grid[0] * vq.config.downsampling, grid[1] * vq.config.downsampling), name, file)
+    real = reference_for(file, network, data)
+    parts = np.split(np.arange(len(validation)), range(BATCH, len(validation), BATCH))
+    images = (decode(vq, validation.read(rows)[1], grid) for rows in parts)
+    return network, real, reference_of(images, f"{len(validation)} decoded validation images", network)
+
+
+def _score_set(folder: RunFolder, name: str, network: Network, real: Reference, tokens: Reference) -> dict[str, Any]:
+    sample_set, samples = SampleSet(folder.samples / name), _from_set(folder.samples / name)
+    options = Options(has_kid=False, has_agreement=isinstance(network, FashionFeatures))
+    records, per_image = scores(samples.measured(network), real, options, tokens)
+    return {
+        **sample_set.meta,
+        "records": [record.as_dict() for record in records],
+        "image_set": image_set(sample_set.classes_N, str(sample_set.config.seed)),
+        "per_image": keep_per_image(folder.root, f"scores-{name}", per_image),
+    }
+
+
+def network_for(size: tuple[int, int], name: str | None, reference: Path | None = None) -> Network:
+    """The network called `name`, else the one that the reference was made with, else the one that fits images of this size."""
+    if name is None and reference is not None:
+        made_by = network_of(reference)
+        if made_by not in NAMES:
+            raise UserError(f"{reference} was made with the feature network {made_by}; name its file with --network")
+        name = NAMES[made_by]
+    return extractor(name or default_network(*size))
+
+
+def reference_for(file: Path | None, network: Network, data: DataConfig | None = None) -> Reference:
+    """The reference file, or for the toy classifier the validation images of the package (of a toy scale's data, where it is given)."""
+    if file is not None:
+        return read_reference(file, network)
+    if not isinstance(network, FashionFeatures):
+        raise UserError(f"samples seen by {network.name} need --reference FILE (ADM's npz, or one of orderlab reference)")
+    images, labels = fashion_images(data or DataConfig(), "validation")
+    return reference_of([images], f"{len(images)} validation images", network, labels.astype(np.int64), CLASSES)
+
+
+# Samples of any kind
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images that can be walked through, and what is known of them."""
+
+    name: str
+    count: int
+    size: tuple[int, int]
+    labels_N: np.ndarray | None
+    origin: Origin
+    images: Callable[[], Iterator[np.ndarray]]
+    """starts a walk over uint8 batches [batch, H, W, 3]"""
+    class_names: ClassNames | None = None
+    """what the labels number"""
+    folder: Path | None = None
+    """of a sample set"""
+
+    def measured(self, network: Network) -> Measured:
+        return measure_images(self.images(), self.count, network, self.origin, self.labels_N)
 
 
 def measure(
@@ -330,21 +170,79 @@ def measure(
     results = {}
     for samples in load_samples(path):
         seen = network_for(samples.size, network, reference)
-        against = reference_for(reference, seen)
-        measured = samples.measured(seen)
+        against, measured = reference_for(reference, seen), samples.measured(seen)
         result: dict[str, Any] = {
             "warnings": warnings(measured, chosen),
-            "records": [record.as_dict() for record in scores(measured, against, seen, chosen)[0]],
+            "records": [record.as_dict() for record in scores(measured, against, chosen)[0]],
         }
         if has_classes:
-            if samples.class_names is None or against.class_names is None:
-                side = samples.name if samples.class_names is None else against.name
+            nameless = [side.name for side in (samples, against) if side.class_names is None]
+            if nameless:
                 result["warnings"].append(
-                    f"{side} does not say which classes its labels number: those of both files are taken for the same"
+                    f"{nameless[0]} does not say which classes its labels number: those of both files are taken for the same"
                 )
             result["classes"] = _classes(samples, measured, against)
         results[samples.name] = result
     return results
+
+
+def load_samples(path: str | Path) -> list[Samples]:
+    """The samples at `path`: one for a file or a sample set, one a set for a run folder. Raises UserError when there are none."""
+    path = Path(path)
+    if path.is_file():
+        return [_from_npz(path)]
+    if (path / "sample.json").exists():
+        return [_from_set(path)]
+    if (path / "config.json").exists():
+        sets = sorted(file.parent for file in (path / "samples").glob("*/sample.json"))
+        if sets:
+            return [_from_set(folder) for folder in sets]
+        raise UserError(f"{path} has no samples; run orderlab sample first")
+    if any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
+        return [_from_folder(path)]
+    raise UserError(f"{path} is neither an npz file, a sample set, a run folder nor a folder of images; expected one of these")
+
+
+def _from_set(folder: Path) -> Samples:
+    """A run's sample set, decoded batch by batch by the tokenizer of the run's data. Raises UserError where it is damaged."""
+    folder = folder.absolute() if folder.name else Path.cwd()
+    samples = SampleSet(folder)
+    vq = tokenizer(run_of(folder).config().data.tokenizer, own_device())
+    height, width = (side * vq.config.downsampling for side in samples.grid)
+    origin = Origin(label_mode=samples.config.labels, rounding="llamagen", resize_before_rounding="none", seeds=(samples.config.seed,))
+    labels_N = samples.classes_N.astype(np.int64)
+    images = partial(decoded, samples, vq, "llamagen", None)
+    return Samples(folder.name, len(labels_N), (height, width), labels_N, origin, images, samples.class_names, folder)
+
+
+def _from_folder(folder: Path) -> Samples:
+    """Images as LlamaGen's sampler leaves them: 000000.png, ... in the order of their numbers, their labels unknown; subfolders are classes."""
+    found = image_batches(folder, BATCH)
+    name = f"{folder.name} ({found.count:,} image files, {'labels unknown' if found.labels_N is None else 'classes by folder'})"
+    size, images = (found.height, found.width), lambda: image_batches(folder, BATCH).batches
+    return Samples(name, found.count, size, found.labels_N, Origin(), images, found.class_names)
+
+
+def _from_npz(file: Path) -> Samples:
+    with NpzFile(file) as npz:
+        npz.require("arr_0", why="expected a sample file with uint8 images [N, H, W, 3] under arr_0")
+        count, height, width, _ = npz.image_shape()
+        labels_N, note = npz.labels(count), npz.note()
+
+    def images() -> Iterator[np.ndarray]:
+        with NpzFile(file) as npz:
+            yield from npz.images(BATCH)
+
+    return Samples(file.name, count, (height, width), labels_N, _origin(note), images, read_names(note.get("class_names")))
+
+
+def _origin(note: dict[str, Any]) -> Origin:
+    """What a file says of its own making; anything else than strings and whole numbers counts as unknown."""
+    said = [note.get(name) for name in ("label_mode", "rounding", "resize")]
+    label_mode, rounding, resize = (text if isinstance(text, str) else "unknown" for text in said)
+    seeds = note.get("seeds")
+    whole = tuple(seed for seed in seeds if isinstance(seed, int)) if isinstance(seeds, list) else ()
+    return Origin(label_mode, rounding=rounding, resize_before_rounding=resize, seeds=whole)
 
 
 def _classes(samples: Samples, measured: Measured, reference: Reference) -> list[dict[str, Any]]:
@@ -355,31 +253,53 @@ def _classes(samples: Samples, measured: Measured, reference: Reference) -> list
     own = Labels(measured.labels_N, samples.class_names, samples.name)
     labels_M = in_numbering_of(own, Labels(reference.labels_M, reference.class_names, reference.name))
     is_known = labels_M >= 0
-    return [asdict(row) for row in per_class(measured.features.pool, own.numbers_N, reference.features_MD[is_known], labels_M[is_known])]
+    return per_class(measured.features.pool, own.numbers_N, reference.features_MD[is_known], labels_M[is_known])
 
 
-# MERGED FROM evaluate.verify: `orderlab reference verify`: is this file ADM's reference? It is if ADM's own published samples score ADM's published numbers against it. The file `VIRTUAL_imagenet256_labeled.npz` has no published hash, so a reference proves itself: network, resize, statistics and arithmetic of this machine together must reproduce what Dhariwal and Nichol's evaluator prints for `admnet_guided_upsampled_imagenet256.npz`. Its hash is then kept, and records against it may be comparable.
+def per_class(samples_ND: np.ndarray, labels_N: np.ndarray, reference_MD: np.ndarray, labels_M: np.ndarray) -> list[dict[str, Any]]:
+    """A row for each class that both sides have: first a kernel distance, unbiased at any count, then the low-rank Fréchet distance.
 
-# ADM's evaluator on its own samples, and how far another framework's arithmetic may move it (seen: 0.002, 0.0001, 0.14, 0.001, 0.003).
-PUBLISHED = {"FD": (3.9426, 0.01), "sFD": (6.1404, 0.01), "IS": (215.84, 0.5), "precision": (0.8265, 0.002), "recall": (0.5309, 0.005)}
+    At 50 images a class the Fréchet distance is mostly bias: it ranks classes, and its value says little. So `fd_bias` stands beside it, what
+    as many reference images (or half of them) score against the rest of their class: the part that is there without a model. Raises UserError
+    when a shared class has fewer than 4 images, or none is shared.
+    """
+    shared = np.intersect1d(labels_N, labels_M)
+    if not len(shared):
+        raise UserError("samples and reference share no class; expected labels of one numbering on both sides")
+    rows = []
+    for label in shared:
+        own_ND, real_MD = samples_ND[labels_N == label], reference_MD[labels_M == label]
+        n, n_reference = len(own_ND), len(real_MD)
+        if min(n, n_reference) < FEWEST:
+            raise UserError(f"class {label} has {n} samples and {n_reference} reference images; expected {FEWEST} or more of both")
+        kernel = mmd(own_ND, real_MD)
+        is_held_M = np.zeros(n_reference, bool)
+        is_held_M[np.linspace(0, n_reference - 1, min(n, n_reference // 2)).round().astype(int)] = True
+        row = {"label": int(label), "n": n, "n_reference": n_reference, "kid": kernel.value, "kid_standard_error": kernel.se}
+        fd, bias = frechet_distance_from_features(own_ND, real_MD), frechet_distance_from_features(real_MD[is_held_M], real_MD[~is_held_M])
+        rows.append({**row, "fd": fd, "fd_bias": bias})
+    return rows
 
 
-def verify(reference: Path, samples: Path, network: FeatureExtractor) -> list[Record]:
-    """Score ADM's samples; keeps the reference's hash when all five numbers agree, else UserError with the first that does not."""
+def verify(reference: Path, samples: Path, network: Network) -> list[Record]:
+    """Prove that a file is ADM's reference: ADM's own published samples must score ADM's published numbers against it.
+
+    `VIRTUAL_imagenet256_labeled.npz` has no published hash, so network, resize, statistics and arithmetic of this machine together must
+    reproduce what Dhariwal and Nichol's evaluator prints for `admnet_guided_upsampled_imagenet256.npz`. The reference's hash is then kept, and
+    records against it may be comparable. Raises UserError with the first of the five numbers that does not agree.
+    """
     if not network.weights_hash.startswith(SHA256_PREFIX):
         raise UserError(f"{network.name} has other weights than the field's; install them first (orderlab weights inception)")
     known = read_reference(reference, network)
-    found = records(load_samples(samples)[0].measured(network), known, network, Options(pr_mode="adm-fp16"))
-    by_name = {record.quantity: record for record in found}
+    found = scores(load_samples(samples)[0].measured(network), known, Options(pr_mode="adm-fp16"))[0]
+    values = {record.quantity: record.value for record in found}
     for quantity, (published, tolerance) in PUBLISHED.items():
-        if quantity not in by_name:
+        if quantity not in values:
             raise UserError(f"{reference} gives no {quantity}; expected ADM's reference with images, mu, sigma, mu_s and sigma_s")
-        value = by_name[quantity].value
-        if abs(value - published) > tolerance:
+        if abs(values[quantity] - published) > tolerance:
             raise UserError(
-                f"{quantity} of {samples.name} against {reference.name} is {value:.4f}; ADM published {published} (tolerance {tolerance}): "
+                f"{quantity} of {samples.name} against {reference.name} is {values[quantity]:.4f}; ADM published {published} (tolerance {tolerance}): "
                 "this is not ADM's reference, not admnet_guided_upsampled_imagenet256.npz, or the machine's arithmetic is off"
             )
-    evidence = {record.quantity: record.value for record in found}
-    remember_reference(known.hash, {"file": reference.name, "weights_hash": network.weights_hash, **evidence})
+    remember_reference(known.hash, {"file": reference.name, "weights_hash": network.weights_hash, **values})
     return found

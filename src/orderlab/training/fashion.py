@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from orderlab.config import Frozen, UserError
 from orderlab.data.fashion import load_fashion, to_uint8, to_unit_range
 from orderlab.data.images import png_bytes
-from orderlab.evaluate.measure import frechet_distance_from_features
+from orderlab.evaluate.distances import frechet_distance_from_features
 from orderlab.evaluate.networks import FashionCNN, FashionFeatures
 from orderlab.models.vq import PRESETS, VQ, save_vq, tokenizer_hash
 from orderlab.models.weights import save_weights
