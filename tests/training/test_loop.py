@@ -272,7 +272,7 @@ def test_a_step_takes_the_scheduled_rate_of_each_group(tiny_run: RunConfig, tmp_
     trainer.optimizer.param_groups[1]["lr_scale"] = 3.0
     used = []
     for step in range(10):
-        trainer._step()
+        trainer.step()
         used.append(float(trainer.optimizer.param_groups[0]["lr"]))
         assert used[-1] == pytest.approx(learning_rate(config, 16 * step))
         assert float(trainer.optimizer.param_groups[1]["lr"]) == pytest.approx(3 * used[-1])
@@ -284,7 +284,7 @@ def test_the_loop_updates_the_moving_average_at_every_step(tiny_run: RunConfig, 
     assert trainer.ema is not None
     expected: list[torch.Tensor] = []
     for step in range(4):
-        trainer._step()
+        trainer.step()
         now = [parameter.detach().clone() for parameter in trainer.model.parameters()]
         decay = ema_decay(tiny_run.optim.ema, step, tiny_run.steps) if step else 0.0
         expected = [decay * old + (1 - decay) * new for old, new in zip(expected or now, now)]

@@ -23,7 +23,7 @@ class Device:
         self.now, self.queued = 0.0, 0.0
         patch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: self.now))
         patch.setattr(World, "wait", lambda world: self.wait())
-        self.takes(patch, loop.Trainer, "_step", 0.1, queued=2.0)
+        self.takes(patch, loop.Trainer, "step", 0.1, queued=2.0)
 
     def wait(self) -> None:
         self.now, self.queued = self.now + self.queued, 0.0
