@@ -54,7 +54,7 @@ TRAINING = [
     Mutant("OrderHead lr_scale not applied in the step", "training/loop.py", "training/test_loop.py::test_a_step_takes_the_scheduled_rate_of_each_group",
            ' * group["lr_scale"]', ""),
     Mutant("OrderHead lr_scale not asked for", "training/order_head.py", "training/test_order_head.py::test_the_order_head_has_its_own_rate_and_its_own_clip",
-           'self.rate_scales = {"order_head": config.task.lr_scale}', "self.rate_scales = {}"),
+           'self.rate_scales = {"order_head": self.task.lr_scale}', "self.rate_scales = {}"),
     Mutant("moving average never updated", "training/loop.py", "training/test_loop.py::test_the_loop_updates_the_moving_average_at_every_step",
            "self.ema.update_parameters(self.model)", "pass"),
     Mutant("autoregressive clipping off", "training/objectives.py", "training/test_loop.py::test_gradients_are_clipped_to_the_configured_norm",

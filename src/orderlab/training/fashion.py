@@ -40,56 +40,32 @@ PATCH, PATCH_CODES = 4, 256  # side and number of the patches that a tokenizer i
 
 class TokenizerConfig(Frozen):
     """How to train a tokenizer of the toy scales."""
-
-    out: Path = Path("vq-fashion.safetensors")
-    """file to write"""
-    images: Path | None = None
-    """folder of Fashion-MNIST IDX files; without it the embedded subset"""
-    grid: Literal["8x8", "16x16"] = "8x8"
-    """tokens of an image"""
-    seed: int = 0
-    """seed of weights, shuffling, k-means and revival"""
-    epochs: int = Field(default=3, ge=1)
-    """passes over the training images"""
-    batch: int = Field(default=64, ge=1)
-    """images per step"""
-    lr: float = Field(default=2e-3, gt=0)
-    """peak learning rate of Adam: 100 steps of warm-up, then half a cosine to zero"""
-    l1: float = Field(default=0.2, ge=0)
-    """weight of the L1 loss beside MSE"""
-    unquantised_steps: int = Field(default=150, ge=1)
-    """first steps that go around the codebook; k-means follows"""
-    revive_until: float = Field(default=0.8, ge=0, le=1)
-    """share of the run during which rare codes are moved"""
-    revive_every: int = Field(default=50, ge=1)
-    """steps between two revivals"""
-    device: str = "cpu"
-    """torch device"""
+    out: Path = Path("vq-fashion.safetensors")  # file to write
+    images: Path | None = None  # folder of Fashion-MNIST IDX files; without it the embedded subset
+    grid: Literal["8x8", "16x16"] = "8x8"  # tokens of an image
+    seed: int = 0  # seed of weights, shuffling, k-means and revival
+    epochs: int = Field(3, ge=1)  # passes over the training images
+    batch: int = Field(64, ge=1)  # images per step
+    lr: float = Field(2e-3, gt=0)  # peak learning rate of Adam: 100 steps of warm-up, then half a cosine to zero
+    l1: float = Field(0.2, ge=0)  # weight of the L1 loss beside MSE
+    unquantised_steps: int = Field(150, ge=1)  # first steps that go around the codebook; k-means follows
+    revive_until: float = Field(0.8, ge=0, le=1)  # share of the run during which rare codes are moved
+    revive_every: int = Field(50, ge=1)  # steps between two revivals
+    device: str = "cpu"  # torch device
 
 
 class ClassifierConfig(Frozen):
     """How to train the feature network of the toy scales."""
-
-    out: Path = Path("cnn-fashion.safetensors")
-    """file to write"""
-    images: Path | None = None
-    """folder of Fashion-MNIST IDX files; without it the embedded subset"""
-    seed: int = 0
-    """seed of weights, shuffling and augmentation"""
-    epochs: int = Field(default=10, ge=1)
-    """passes over the training images"""
-    batch: int = Field(default=250, ge=1)
-    """images per step"""
-    lr: float = Field(default=4e-3, gt=0)
-    """peak learning rate of AdamW"""
-    weight_decay: float = Field(default=0.05, ge=0)
-    """weight decay of AdamW"""
-    dropout: float = Field(default=0.2, ge=0, lt=1)
-    """dropout on the pooled features"""
-    shift: int = Field(default=2, ge=0, le=2)
-    """images move by up to this many pixels either way"""
-    device: str = "cpu"
-    """torch device"""
+    out: Path = Path("cnn-fashion.safetensors")  # file to write
+    images: Path | None = None  # folder of Fashion-MNIST IDX files; without it the embedded subset
+    seed: int = 0  # seed of weights, shuffling and augmentation
+    epochs: int = Field(10, ge=1)  # passes over the training images
+    batch: int = Field(250, ge=1)  # images per step
+    lr: float = Field(4e-3, gt=0)  # peak learning rate of AdamW
+    weight_decay: float = Field(0.05, ge=0)  # weight decay of AdamW
+    dropout: float = Field(0.2, ge=0, lt=1)  # dropout on the pooled features
+    shift: int = Field(2, ge=0, le=2)  # images move by up to this many pixels either way
+    device: str = "cpu"  # torch device
 
 
 def train_tokenizer(config: TokenizerConfig, limit: int | None = None) -> VQ:

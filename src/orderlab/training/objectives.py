@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -65,12 +66,17 @@ class Batch:
 class Objective(ABC, Generic[Model]):
     """What the loop asks of a training task."""
 
-    model: Model
+    rate_scales: Mapping[str, float] = MappingProxyType({})
+    """Learning rates over `optim.lr`, by the first word of a parameter's name; 1 for what is not named."""
 
     def __init__(self, config: RunConfig, train: TokenSet, validation: TokenSet, device: torch.device, runs: Path):
         self.config, self.train, self.validation, self.device, self.runs = config, train, validation, device, runs
-        self.rate_scales: dict[str, float] = {}
-        """Learning rates over `optim.lr`, by the first word of a parameter's name; 1 for what is not named."""
+        self.task: Any = config.task
+        self.model: Model = self.build(key("weights", config.seed)).to(device)
+
+    @abstractmethod
+    def build(self, seed: int) -> Model:
+        """The model, freshly initialised, frozen where the config says."""
 
     @abstractmethod
     def batch(self, images_seen: int) -> Batch:
@@ -202,13 +208,13 @@ class Autoregressive(Objective[GPT]):
     takes no gradient, so it has no optimizer state, no decay, and the same bits afterwards.
     """
 
-    def __init__(self, config: RunConfig, train: TokenSet, validation: TokenSet, device: torch.device, runs: Path):
-        super().__init__(config, train, validation, device, runs)
-        self.model = GPT(config.model, seed=key("weights", config.seed)).to(device)
-        if config.trained_blocks is not None:
-            self.model.requires_grad_(False)
-            for part in (*self.model.layers[-config.trained_blocks :], self.model.norm, self.model.output):
+    def build(self, seed: int) -> GPT:
+        model, trained = GPT(self.config.model, seed=seed), self.config.trained_blocks
+        if trained is not None:
+            model.requires_grad_(False)
+            for part in (*model.layers[-trained:], model.norm, model.output):
                 part.requires_grad_(True)
+        return model
 
     def batch(self, images_seen: int) -> OrderedBatch:
         config = self.config
@@ -277,15 +283,14 @@ class Masked(Objective[MaskedModel]):
     smoothing, so that the loss is a likelihood.
     """
 
-    def __init__(self, config: RunConfig, train: TokenSet, validation: TokenSet, device: torch.device, runs: Path):
-        super().__init__(config, train, validation, device, runs)
-        self.model = MaskedModel(config.model, seed=key("weights", config.seed)).to(device)
+    def build(self, seed: int) -> MaskedModel:
+        return MaskedModel(self.config.model, seed=seed)
 
     def batch(self, images_seen: int) -> MaskedBatch:
         config = self.config
         classes_B, tokens_BP = self.dropped_classes(images_seen)
         keyed = generator("mask", config.seed, images_seen)
-        is_masked_BP = draw_masks(config.task.ratio, config.batch, config.model.positions, keyed)  # pyrefly: ignore[missing-attribute]
+        is_masked_BP = draw_masks(self.task.ratio, config.batch, config.model.positions, keyed)
         weight_B = torch.full((config.batch,), config.batch / int(is_masked_BP.sum()))
         return MaskedBatch(classes_B=classes_B, tokens_BP=tokens_BP, is_masked_BP=is_masked_BP, weight_B=weight_B)
 

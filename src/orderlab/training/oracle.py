@@ -28,7 +28,7 @@ from orderlab.data.tokens import TokenSet, computed_once
 from orderlab.models.oracle import Oracle, load_oracle, oracle_sizes, save_oracle, true_class_probability
 from orderlab.models.weights import weights_hash
 from orderlab.order.perm import in_groups, random_orders, to_grid
-from orderlab.runtime.dist import generator, key, own_device
+from orderlab.runtime.dist import generator, own_device
 from orderlab.runtime.run import RunFolder
 from orderlab.training.objectives import Batch, Objective, summed
 
@@ -53,12 +53,10 @@ class ShownBatch(Batch):
 class OracleTraining(Objective[Oracle]):
     """Cross-entropy of the class, mean over images; labels are not dropped."""
 
-    def __init__(self, config: RunConfig, train: TokenSet, validation: TokenSet, device: torch.device, runs: Path):
-        assert isinstance(config.task, OracleTask)
-        super().__init__(config, train, validation, device, runs)
-        self.task, codebook_VC = config.task, codebook(config.data, train)
-        sizes = oracle_sizes(config.task, config.model.grid, codebook_VC.shape[0], config.model.classes, codebook_VC.shape[1])
-        self.model = Oracle(sizes, codebook_VC, key("weights", config.seed), train.meta.tokenizer_hash).to(device)
+    def build(self, seed: int) -> Oracle:
+        model, codebook_VC = self.config.model, codebook(self.config.data, self.train)
+        sizes = oracle_sizes(self.task, model.grid, codebook_VC.shape[0], model.classes, codebook_VC.shape[1])
+        return Oracle(sizes, codebook_VC, seed, self.train.meta.tokenizer_hash)
 
     def batch(self, images_seen: int) -> ShownBatch:
         config, positions = self.config, self.config.model.positions

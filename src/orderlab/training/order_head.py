@@ -29,7 +29,7 @@ from orderlab.evaluate.probes import Diagnosis
 from orderlab.models.order_head import Ordered, OrderedGPT, Split, normalise, split, temperature_at, truth_ratio_at
 from orderlab.models.weights import load_ordered_state, save_ordered_gpt
 from orderlab.order.perm import to_grid
-from orderlab.runtime.dist import World, generator, key
+from orderlab.runtime.dist import World, generator
 from orderlab.runtime.run import RunFolder
 from orderlab.training.objectives import Batch, Objective, checkpoint_of, summed
 from orderlab.training.optim import clip, gradient_norm
@@ -58,16 +58,15 @@ class OrderHead(Objective[OrderedGPT]):
     """The straight-through objective, and what is measured of it."""
 
     def __init__(self, config: RunConfig, train: TokenSet, validation: TokenSet, device: torch.device, runs: Path):
-        assert isinstance(config.task, OrderHeadTask)
         super().__init__(config, train, validation, device, runs)
-        self.task = config.task
-        self.rate_scales = {"order_head": config.task.lr_scale}
-        self.model = OrderedGPT(config.model, config.task, seed=key("weights", config.seed), device=device)
-        self.diagnosis = Diagnosis(config, runs)
-        self.root: Path | None = None
+        self.rate_scales = {"order_head": self.task.lr_scale}
+        self.diagnosis, self.root = Diagnosis(config, runs), runs
         self.parts: list[dict[str, Tensor]] = []  # of the step: what each micro-batch gave
         self.norms: dict[str, Tensor] = {}
         self.steps: list[tuple[int, dict[str, Tensor]]] = []  # since the last report
+
+    def build(self, seed: int) -> OrderedGPT:
+        return OrderedGPT(self.config.model, self.task, seed=seed, device=self.device)
 
     @cached_property
     def entries_VC(self) -> Tensor:
