@@ -40,6 +40,7 @@ PATCH, PATCH_CODES = 4, 256  # side and number of the patches that a tokenizer i
 
 class TokenizerConfig(Frozen):
     """How to train a tokenizer of the toy scales."""
+
     out: Path = Path("vq-fashion.safetensors")  # file to write
     images: Path | None = None  # folder of Fashion-MNIST IDX files; without it the embedded subset
     grid: Literal["8x8", "16x16"] = "8x8"  # tokens of an image
@@ -56,6 +57,7 @@ class TokenizerConfig(Frozen):
 
 class ClassifierConfig(Frozen):
     """How to train the feature network of the toy scales."""
+
     out: Path = Path("cnn-fashion.safetensors")  # file to write
     images: Path | None = None  # folder of Fashion-MNIST IDX files; without it the embedded subset
     seed: int = 0  # seed of weights, shuffling and augmentation
