@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ PRODUCTS: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
     lambda x, weight, transposed: weight @ x.T,
 )
 """Three ways to take one product."""
+Step = Callable[[], object]
 
 
 def run(
@@ -87,72 +89,56 @@ class LinearFloor:
     """The matrix products of one step over all layers, by the name of their weights; the transposed weights are kept too."""
 
     def __init__(self, model: GPT):
-        self.weights: dict[str, list[Tensor]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in name:
-                self.weights.setdefault(name.split(".")[-2], []).append(parameter.detach())
-        self.transposed = {name: [w.t().contiguous() for w in weights] for name, weights in self.weights.items()}
-        self.elements = sum(w.numel() for weights in self.weights.values() for w in weights)
+        named = [(name.split(".")[-2], p.detach()) for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+        self.weights = [(name, weight, weight.t().contiguous()) for name, weight in named]
+        self.elements = sum(weight.numel() for _, weight in named)
 
     @torch.inference_mode()
     def one_pass(self, rows: int, times: dict[tuple[str, int], list[float]]) -> None:
         """Time one pass over all layers in each way, layer by layer as a step runs through them."""
-        layers = max(map(len, self.weights.values()))
         for way, product in enumerate(PRODUCTS):
-            sums = dict.fromkeys(self.weights, 0.0)
-            for layer in range(layers):
-                for name, weights in self.weights.items():
-                    if layer < len(weights):
-                        weight, transposed = weights[layer], self.transposed[name][layer]
-                        x = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
-                        sums[name] += seconds(lambda x=x, w=weight, t=transposed, p=product: p(x, w, t))
+            sums = dict.fromkeys((name for name, _, _ in self.weights), 0.0)
+            for name, weight, transposed in self.weights:
+                x = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
+                sums[name] += seconds(partial(product, x, weight, transposed))
             for name, value in sums.items():
                 times.setdefault((name, way), []).append(value)
 
     def best(self, times: dict[tuple[str, int], list[float]]) -> float:
         """Seconds of all products, each in its fastest way."""
-        return sum(min(statistics.median(times[name, way]) for way in range(len(PRODUCTS))) for name in self.weights)
+        names = {name for name, _, _ in self.weights}
+        return sum(min(statistics.median(times[name, way]) for way in range(len(PRODUCTS))) for name in names)
 
 
-class TimedStep:
+def cached_step(model: GPT, batch: int, slot: int, order_name: str) -> Step:
     """One decode step of a batch at a chosen slot, drawn tokens included, repeatable."""
-
-    def __init__(self, model: GPT, batch: int, slot: int, order_name: str):
-        order = path(order_name, *model.config.grid).expand(2 * batch, -1)
-        classes = torch.arange(batch) % model.config.classes
-        self.decoder = CachedDecoder(model, torch.cat([classes, torch.full_like(classes, model.null_class)]), order, None)
-        self.slot = slot
-        self.tokens = torch.arange(batch) % model.config.vocabulary
-        self.uniforms = torch.rand(batch, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        self.decoder.fill_for_timing(slot)
+    order = path(order_name, *model.config.grid).expand(2 * batch, -1)
+    classes, tokens = torch.arange(batch) % model.config.classes, torch.arange(batch) % model.config.vocabulary
+    decoder = CachedDecoder(model, torch.cat([classes, torch.full_like(classes, model.null_class)]), order, None)
+    uniforms = torch.rand(batch, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    decoder.fill_for_timing(slot)
 
     @torch.inference_mode()
-    def __call__(self) -> None:
-        self.decoder.length = self.slot
-        conditional, unconditional = self.decoder.step(self.tokens.repeat(2)).chunk(2)
-        draw_tokens(guide(conditional, unconditional, GUIDANCE), self.uniforms)
+    def step() -> None:
+        decoder.length = slot
+        conditional, unconditional = decoder.step(tokens.repeat(2)).chunk(2)
+        draw_tokens(guide(conditional, unconditional, GUIDANCE), uniforms)
+
+    return step
 
 
-class TimedUnmasking:
+def unmasking_step(model: MaskedModel, batch: int, revealed: int) -> Step:
     """One step of a masked model's generation as `unmask` takes it, half of the tokens masked and so many revealed, repeatable."""
-
-    def __init__(self, model: MaskedModel, batch: int, revealed: int):
-        self.model = model
-        config, keyed = model.config, generator("bench", "unmask")
-        self.classes = torch.arange(batch) % config.classes
-        self.tokens = (torch.arange(config.positions) % config.vocabulary).expand(batch, -1)
-        order = random_orders(batch, config.positions, keyed)
-        self.is_masked, self.positions = order < config.positions // 2, order[:, :revealed]
-        self.uniforms = torch.rand(batch * revealed, dtype=torch.float64, generator=keyed)
-
-    @torch.inference_mode()
-    def __call__(self) -> None:
-        logits = logits_at(self.model, self.classes, self.tokens, self.is_masked, self.positions, GUIDANCE)
-        draw_tokens(logits, self.uniforms)
+    config, keyed = model.config, generator("bench", "unmask")
+    classes, tokens = torch.arange(batch) % config.classes, torch.arange(config.positions) % config.vocabulary
+    order = random_orders(batch, config.positions, keyed)
+    inputs = classes, tokens.expand(batch, -1), order < config.positions // 2, order[:, :revealed]
+    uniforms = torch.rand(batch * revealed, dtype=torch.float64, generator=keyed)
+    return torch.inference_mode()(lambda: draw_tokens(logits_at(model, *inputs, GUIDANCE), uniforms))
 
 
 def _measure(model: GPT, floor: LinearFloor, batch: int, slot: int, repeats: int, bandwidth: float) -> dict[str, Any]:
-    raster, random = (TimedStep(model, batch, slot, name) for name in ("raster", "random"))
+    raster, random = (cached_step(model, batch, slot, name) for name in ("raster", "random"))
     products: dict[tuple[str, int], list[float]] = {}
     times: list[float] = []
     start = time.perf_counter()
@@ -188,7 +174,7 @@ def _against_full_forward(model: GPT, batch: int) -> dict[str, Any]:
         decoder.tokens_RT = torch.zeros(2 * batch, slots - 1, dtype=torch.long)
         with torch.inference_mode():
             full.append(seconds(lambda decoder=decoder: decoder.step(None)))
-        cached.append(median_seconds(TimedStep(model, batch, max(1, slots - 1), "random"), 5))
+        cached.append(median_seconds(cached_step(model, batch, max(1, slots - 1), "random"), 5))
 
     def whole(values: list[float]) -> float:
         pairs = zip(FULL_FORWARD_SLOTS, FULL_FORWARD_SLOTS[1:], values, values[1:])
@@ -204,7 +190,7 @@ def _against_full_forward(model: GPT, batch: int) -> dict[str, Any]:
 def _against_unmasking(model: GPT, batch: int, cached: float) -> dict[str, Any]:
     """Seconds of a whole generation by a masked model of the same size, by its number of steps, and over the KV cache's."""
     masked = MaskedModel(model.config).to(model.norm.weight.dtype).eval()
-    took = {str(n): n * median_seconds(TimedUnmasking(masked, batch, model.config.positions // n)) for n in UNMASKING_STEPS}
+    took = {str(n): n * median_seconds(unmasking_step(masked, batch, model.config.positions // n)) for n in UNMASKING_STEPS}
     return {"image_batch_seconds_unmasking": took, "unmasking_over_cached": {steps: value / cached for steps, value in took.items()}}
 
 

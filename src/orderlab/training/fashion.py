@@ -241,16 +241,13 @@ def reconstruct_patches(training: np.ndarray, images: np.ndarray, seed: int = 0)
     points = points[torch.randperm(len(points), generator=generator)[:100_000]]
     centres = kmeans(points, PATCH_CODES, generator, rounds=20)
     nearest = torch.cat([centres[torch.cdist(part, centres).argmin(1)] for part in to_patches(images).split(8192)])
-    count, height, width = images.shape
-    grid = nearest.view(count, height // PATCH, width // PATCH, PATCH, PATCH)
-    return grid.permute(0, 1, 3, 2, 4).reshape(images.shape).round().clamp(0, 255).to(torch.uint8).numpy()
+    pixels = F.fold(nearest.view(len(images), -1, PATCH**2).mT, images.shape[1:], PATCH, stride=PATCH)
+    return pixels[:, 0].round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def to_patches(images: np.ndarray) -> Tensor:
     """uint8 images [N,H,W] -> float32 patches [N*H/G*W/G, G*G] of side G, row by row."""
-    count, height, width = images.shape
-    grid = torch.from_numpy(images).view(count, height // PATCH, PATCH, width // PATCH, PATCH)
-    return grid.permute(0, 1, 3, 2, 4).reshape(-1, PATCH * PATCH).float()
+    return F.unfold(torch.from_numpy(images)[:, None].float(), PATCH, stride=PATCH).mT.flatten(0, 1)
 
 
 def save_picture(path: Path, real: np.ndarray, decoded: np.ndarray, labels: np.ndarray, zoom: int = 2) -> None:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from orderlab.config import RunConfig, UserError
 from orderlab.data.prepare import token_sets
 from orderlab.runtime.checkpoint import read_state, save_state
-from orderlab.runtime.dist import World, autocast, key, world
+from orderlab.runtime.dist import World, autocast, key, whole, world
 from orderlab.runtime.run import RunFolder, StopSignal
 from orderlab.training.objectives import Batch, Objective, load_start, objective_for
-from orderlab.training.optim import Loss, accumulating, adamw, is_sharded, learning_rate, moving_average, prepare, whole_state
+from orderlab.training.optim import Loss, accumulating, adamw, is_sharded, learning_rate, moving_average, prepare
 from orderlab.training.speed import Speed
 
 Report = Callable[[dict[str, Any]], None]
@@ -101,7 +101,10 @@ class Trainer:
                 if is_done or self._is_due(config.validate_every):
                     with self.speed.paused():
                         self._record({"kind": "validation", "images": self.images, **self.objective.validate()})
-                self._keep_phase_ends()
+                for name, end in config.phase_ends.items():
+                    if self.images - config.batch < end <= self.images:
+                        with self.speed.paused():
+                            self._export(name, {"images": str(self.images)}, self.model)
                 if is_save:
                     with self.speed.paused():
                         self._save()
@@ -109,7 +112,11 @@ class Trainer:
                 stop.agree()
                 self._set_status("stopped")
                 return "stopped"
-            self._finish()
+            header = {"run": config.model_dump_json(), "images": str(self.images)}
+            self._export("final", header, self.model)  # the headline
+            if self.ema is not None:
+                self._export("final-ema", header, self.ema.module)
+            self._set_status("trained")
             return "trained"
 
     def step(self) -> None:
@@ -181,24 +188,9 @@ class Trainer:
             save_state(self.state_file, self.model, self.ema, self.optimizer, self.images, is_writer=self.here.is_main)
         self._set_status("training")
 
-    def _keep_phase_ends(self) -> None:
-        """Export the weights at the first step boundary at or past the end of a phase."""
-        for name, images in self.config.phase_ends.items():
-            if self.images - self.config.batch < images <= self.images:
-                with self.speed.paused():
-                    self._stop_on_nan()
-                    self._export(name, {"images": str(self.images)}, self.model)
-
-    def _finish(self) -> None:
-        """Export the final weights, raw (the headline) and averaged."""
-        header = {"run": self.config.model_dump_json(), "images": str(self.images)}
-        self._export("final", header, self.model)
-        if self.ema is not None:
-            self._export("final-ema", header, self.ema.module)
-        self._set_status("trained")
-
     def _export(self, name: str, header: dict[str, str], module: nn.Module) -> None:
-        state = whole_state(module) if self.is_writing else {}
+        self._stop_on_nan()
+        state = {name: whole(tensor.detach()).cpu() for name, tensor in module.state_dict().items()} if self.is_writing else {}
         if self.here.is_main:
             self.objective.export(self.folder.checkpoints / f"{name}.safetensors", header, state)
 

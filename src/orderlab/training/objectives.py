@@ -66,6 +66,8 @@ class Batch:
 class Objective(ABC, Generic[Model]):
     """What the loop asks of a training task."""
 
+    save: Callable[..., None]
+    """What writes a checkpoint of this kind of model."""
     rate_scales: Mapping[str, float] = MappingProxyType({})
     """Learning rates over `optim.lr`, by the first word of a parameter's name; 1 for what is not named."""
 
@@ -90,9 +92,9 @@ class Objective(ABC, Generic[Model]):
     def validate(self) -> dict[str, Any]:
         """What is measured now and then, without dropout."""
 
-    @abstractmethod
-    def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
+    def export(self, file: Path, header: Mapping[str, str], state: dict[str, Tensor] | None = None) -> None:
         """Write the weights (or `state` in their place) as a checkpoint."""
+        self.save(self.model, file, state=state, header=header)
 
     def take_start(self, tensors: dict[str, Tensor], file: Path) -> None:
         """Take the weights of the checkpoint a run starts from."""
@@ -208,6 +210,8 @@ class Autoregressive(Objective[GPT]):
     takes no gradient, so it has no optimizer state, no decay, and the same bits afterwards.
     """
 
+    save = staticmethod(save_gpt)
+
     def build(self, seed: int) -> GPT:
         model, trained = GPT(self.config.model, seed=seed), self.config.trained_blocks
         if trained is not None:
@@ -262,9 +266,6 @@ class Autoregressive(Objective[GPT]):
             tensors.setdefault(TARGET_ROWS, fresh[TARGET_ROWS].clone())
         load_state(self.model, tensors, file)
 
-    def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
-        save_gpt(self.model, file, state=state, header=header)
-
 
 @dataclass(frozen=True)
 class MaskedBatch(Batch):
@@ -282,6 +283,8 @@ class Masked(Objective[MaskedModel]):
     Each image carries the weight that its masked tokens have there, so processes and micro-batches change nothing. No label
     smoothing, so that the loss is a likelihood.
     """
+
+    save = staticmethod(save_masked)
 
     def build(self, seed: int) -> MaskedModel:
         return MaskedModel(self.config.model, seed=seed)
@@ -306,6 +309,3 @@ class Masked(Objective[MaskedModel]):
             return any_order_nll(self.model, classes_B, tokens_BP, MASKED_DRAWS, generator("validation-mask", first)).sum()
 
         return self.nll_per_token(nll_of)
-
-    def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
-        save_masked(self.model, file, state=state, header=header)

@@ -117,8 +117,12 @@ def prepare(loss: Loss, ema: AveragedModel | None, config: RunConfig, here: Worl
         for layer in loss.model.layers:
             layer.compile()
     if is_sharded(config, here):
-        for model in (loss.model, ema.module) if ema is not None else (loss.model,):
-            _shard(model)
+        from torch.distributed.fsdp import fully_shard  # slow to import, and few runs need it
+
+        models: list[Any] = [loss.model, *([] if ema is None else [ema.module])]
+        for model in models:
+            for part in (*model.layers, model):  # each block, then the rest; fp32 shards, of which autocast makes bf16 products
+                fully_shard(part)
     elif here.size > 1:
         return DistributedDataParallel(
             loss,
@@ -128,14 +132,6 @@ def prepare(loss: Loss, ema: AveragedModel | None, config: RunConfig, here: Worl
             gradient_as_bucket_view=True,  # gradients once in memory, not twice
         )
     return loss
-
-
-def _shard(model: Any) -> None:
-    """Split each block, then the rest (embeddings, norm, head), over all processes. fp32 shards: autocast makes the products bf16."""
-    from torch.distributed.fsdp import fully_shard  # slow to import, and few runs need it
-
-    for part in (*model.layers, model):
-        fully_shard(part)
 
 
 def accumulating(forward: Any, is_last: bool) -> AbstractContextManager[object]:
@@ -163,8 +159,3 @@ def _norm(model: nn.Module) -> Tensor:
     """Maybe split over processes; zero where nothing has a gradient, on the model's device, as torch's own zero lies on the CPU."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=next(model.parameters()).device)
-
-
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with full tensors on the CPU; every process must ask."""
-    return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}

@@ -11,7 +11,7 @@ the OrderHead's scores are regressed. Clusters and maps are functions of image, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -53,6 +53,8 @@ class ShownBatch(Batch):
 class OracleTraining(Objective[Oracle]):
     """Cross-entropy of the class, mean over images; labels are not dropped."""
 
+    save = staticmethod(save_oracle)
+
     def build(self, seed: int) -> Oracle:
         model, codebook_VC = self.config.model, codebook(self.config.data, self.train)
         sizes = oracle_sizes(self.task, model.grid, codebook_VC.shape[0], model.classes, codebook_VC.shape[1])
@@ -75,9 +77,6 @@ class OracleTraining(Objective[Oracle]):
         return {
             f"{name}@{100 * share:.0f}": accuracy(self.model, chosen, share, images) for name, chosen in sets.items() for share in SHARES
         }
-
-    def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
-        save_oracle(self.model, file, state, {name: str(value) for name, value in header.items()})
 
 
 def shown_count(share: float, positions: int) -> int:

@@ -10,7 +10,7 @@ fares; `evaluate/probes.py` reads it and says what went wrong, once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,8 @@ class OrderHeadBatch(Batch):
 
 class OrderHead(Objective[OrderedGPT]):
     """The straight-through objective, and what is measured of it."""
+
+    save = staticmethod(save_ordered_gpt)
 
     def __init__(self, config: RunConfig, train: TokenSet, validation: TokenSet, device: torch.device, runs: Path):
         super().__init__(config, train, validation, device, runs)
@@ -202,9 +204,6 @@ class OrderHead(Objective[OrderedGPT]):
 
     def take_start(self, tensors: dict[str, Tensor], file: Path) -> None:
         load_ordered_state(self.model, tensors, file)
-
-    def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
-        save_ordered_gpt(self.model, file, state=state, header=header)
 
 
 def learned_ratio(task: OrderHeadTask, progress: float) -> float:
