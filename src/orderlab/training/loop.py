@@ -120,9 +120,9 @@ class Trainer:
             return "trained"
 
     def step(self) -> None:
-        """Train on one global batch: draw it with its orders, pass forward and backward in micro-batches, clip, update, average."""
+        """Train on one global batch: draw it, pass forward and backward in micro-batches, clip, update, average."""
         config, here = self.config, self.here
-        batch = self.batches.at(self.images)
+        batch = self.batches.at(self.images)  # images, labels (some dropped) and orders: the objective drew them by `images`
         micro_steps = -(-self.share // self.micro_batch)
         loss_sum = torch.zeros_like(self.loss_sum)
         self.loss.train()
@@ -131,7 +131,7 @@ class Trainer:
             part = batch.part(slice(micro_step * self.micro_batch, (micro_step + 1) * self.micro_batch))
             with accumulating(self.loss, is_last=micro_step == micro_steps - 1):
                 with autocast(config.precision, here.device):
-                    loss = self.loss(part) * (len(part.classes_B) / self.share)
+                    loss = self.loss(part) * (len(part.classes_B) / self.share)  # the objective's, of the model's logits
                 loss.backward()
             loss_sum += loss.detach()
         self.grad_norms = self.objective.clip()
@@ -141,7 +141,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
-        # Neither the sum of losses nor the first step without a finite one waits for the device.
+        # Sums and the first step that was not finite stay on the device, so that no step waits for it.
         is_bad = ~(torch.isfinite(loss_sum) & torch.isfinite(self.grad_norms["grad_norm"]))
         self.bad_step = torch.where(is_bad & (self.bad_step < 0), self.images // config.batch, self.bad_step)
         self.loss_sum += loss_sum

@@ -199,8 +199,7 @@ class OrderedBatch(Batch):
 
     tokens_BT: Tensor
     order_BT: Tensor
-    target_B: Tensor | None
-    """Samples to which the target embedding is fed; None when no sample of the global batch takes it."""
+    target_B: Tensor | None  # samples to which the target embedding is fed; None when no sample of the global batch takes it
 
 
 class Autoregressive(Objective[GPT]):
@@ -273,8 +272,7 @@ class MaskedBatch(Batch):
 
     tokens_BP: Tensor
     is_masked_BP: Tensor
-    weight_B: Tensor
-    """B over the masked tokens of the global batch, on every image."""
+    weight_B: Tensor  # B over the masked tokens of the global batch, on every image
 
 
 class Masked(Objective[MaskedModel]):

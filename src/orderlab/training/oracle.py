@@ -38,8 +38,12 @@ PLACE_WEIGHT = 0.5  # of a token's place beside its codebook entry
 IMAGES_PER_PART = 250  # between two writes of clusters
 TOKENS_PER_PASS = 32768
 Mode = Literal["saliency_attn", "oracle"]
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], object]
 """(done, total), as work goes on."""
+
+
+def silent(done: int, total: int) -> None:
+    """Tell nobody how far it is."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,7 @@ def accuracy(oracle: Oracle, token_set: TokenSet, share: float, images: int | No
 # --- Importance: what a token is worth ---
 
 
-def importance_maps(
-    oracle_file: Path, token_set: TokenSet, mode: Mode, cls_k: int, cache: Path, progress: Progress | None = None
-) -> np.ndarray:
+def importance_maps(oracle_file: Path, token_set: TokenSet, mode: Mode, cls_k: int, cache: Path, progress: Progress = silent) -> np.ndarray:
     """The maps of a whole token set, read-only float32 [N, views, P] in grid space, computed once and kept under `cache`.
 
     Mode "saliency_attn" is what [CLS] attends to in the last layer, all tokens shown: mean over heads, in all less than 1. It is
@@ -135,8 +137,7 @@ def importance_maps(
         else:
             group_BP = torch.from_numpy(groups[indices, chosen].astype(np.int64)).to(tokens_BP.device)
             maps_BP = cluster_map(oracle, tokens_BP, classes_B, group_BP)
-        if stage is not None:
-            stage(stop, len(token_set))
+        stage(stop, len(token_set))
         return maps_BP.cpu().numpy().reshape(stop - start, views, -1)
 
     digest = f"{weights_hash(oracle.state_dict())}-{token_digest(token_set, has_labels=True)}"
@@ -145,9 +146,9 @@ def importance_maps(
     return computed_once(Path(cache) / name, token_set.tokens.shape, np.float32, rows, part)
 
 
-def _stage(progress: Progress | None, number: int, stages: int) -> Progress | None:
+def _stage(progress: Progress, number: int, stages: int) -> Progress:
     """Progress of one of several stages as progress of the whole; each counts as much as another."""
-    return progress and (lambda done, total: progress(number * total + done, stages * total))
+    return lambda done, total: progress(number * total + done, stages * total)
 
 
 def _check_tokens(oracle: Oracle, token_set: TokenSet, file: Path) -> None:
@@ -182,7 +183,7 @@ class Importance:
     maps: dict[str, np.ndarray]
 
 
-def measure(run: Path, cls_k: int | None = None, checkpoint: str = "final", progress: Progress | None = None) -> Importance:
+def measure(run: Path, cls_k: int | None = None, checkpoint: str = "final", progress: Progress = silent) -> Importance:
     """The importance maps of a trained oracle's validation images; `cls_k` is a quarter of the grid when None.
 
     They are kept beside the token sets. Raises `UserError` for a folder that holds no trained oracle.
@@ -221,7 +222,7 @@ def classes_in_turn(classes_N: np.ndarray, count: int) -> np.ndarray:
 # Balanced k-means on each image by itself; the study names such clusters and does not define them: this is ours.
 
 
-def cluster_maps(token_set: TokenSet, codebook_VC: Tensor, size: int, cache: Path, progress: Progress | None = None) -> np.ndarray:
+def cluster_maps(token_set: TokenSet, codebook_VC: Tensor, size: int, cache: Path, progress: Progress = silent) -> np.ndarray:
     """The cluster of every token of a set, uint16 [N, views, P], clusters of `size` tokens; computed once and kept under `cache`.
 
     Raises `UserError` where `size` does not divide the number of tokens.
@@ -238,8 +239,7 @@ def cluster_maps(token_set: TokenSet, codebook_VC: Tensor, size: int, cache: Pat
         for image, view in np.ndindex(tokens_NVP.shape[:2]):
             features_PF = features(entries_VC[tokens_NVP[image, view]], grid)
             groups_NVP[image, view] = balanced_clusters(features_PF, positions // size, start + image)
-        if progress is not None:
-            progress(stop, len(token_set))
+        progress(stop, len(token_set))
         return groups_NVP
 
     name = f"clusters-{size}-{token_digest(token_set)}-{weights_hash({'codebook': codebook_VC})}.npy"

@@ -46,12 +46,9 @@ class OrderHeadBatch(Batch):
 
     tokens_BP: Tensor
     temperature: float
-    importance_BP: Tensor | None
-    """The oracle's; None where it does not supervise."""
-    is_truth_B: Tensor | None
-    """Images scored from their own codebook entries; None when no image of the global batch is."""
-    is_learned_B: Tensor | None
-    """Images that take their learned order; None when all do."""
+    importance_BP: Tensor | None  # the oracle's; None where it does not supervise
+    is_truth_B: Tensor | None  # images scored from their own codebook entries; None when no image of the global batch is
+    is_learned_B: Tensor | None  # images that take their learned order; None when all do
 
 
 class OrderHead(Objective[OrderedGPT]):
