@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GUIDANCE = 2.0
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall-clock seconds of one call, a GPU's work before and in it finished."""
+Clock = Callable[[], float]
+
+
+def seconds(function: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
+    """Seconds of one call by the wall clock (or another), a GPU's work before and in it finished."""
     finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     finish()
-    start = time.perf_counter()
+    start = clock()
     function()
     finish()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def median_seconds(function: Callable[[], Any], repeats: int = 3) -> float:
@@ -34,13 +37,18 @@ def median_seconds(function: Callable[[], Any], repeats: int = 3) -> float:
     return statistics.median([seconds(function) for _ in range(1 + repeats)][1:])
 
 
-def in_turn(sides: Mapping[str, Callable[[], Any]], repeats: int) -> list[dict[str, float]]:
+def in_turn(sides: Mapping[str, Callable[[], Any]], repeats: int, clock: Clock = time.perf_counter) -> list[dict[str, float]]:
     """Seconds of each side, so many times, another one first each time: the machine's mood is in all of them."""
     names, rounds = list(sides), []
     for repeat in range(repeats):
         first = repeat % len(names)
-        rounds.append({name: seconds(sides[name]) for name in names[first:] + names[:first]})
+        rounds.append({name: seconds(sides[name], clock) for name in names[first:] + names[:first]})
     return rounds
+
+
+def medians(rounds: Sequence[Mapping[str, float]], over: str | None = None) -> dict[str, float]:
+    """The median of each side over all rounds, in seconds or as a ratio to the side `over` of the same round."""
+    return {side: statistics.median(took[side] / (took[over] if over else 1.0) for took in rounds) for side in rounds[0]}
 
 
 def machine() -> dict[str, Any]:

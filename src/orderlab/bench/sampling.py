@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.bench import DTYPES, GUIDANCE, in_turn, machine, median_seconds, publish, random_gpt, seconds
+from orderlab.bench import DTYPES, GUIDANCE, in_turn, machine, median_seconds, medians, publish, random_gpt, seconds
 from orderlab.config import UserError
 from orderlab.models.decode import CachedDecoder
 from orderlab.models.gpt import GPT, PRESETS, MaskedModel
@@ -158,9 +158,7 @@ def _measure(model: GPT, floor: LinearFloor, batch: int, slot: int, repeats: int
         "ratio_to_floor": step / (linear + cache),
         "weights_once_ms": 1e3 * weights_once,
         "bandwidth_fraction": weights_once / step,
-        "random_over_raster": statistics.median(
-            took["random"] / took["raster"] for took in in_turn({"random": random, "raster": raster}, 4 * repeats)
-        ),
+        "random_over_raster": medians(in_turn({"random": random, "raster": raster}, 4 * repeats), over="raster")["random"],
     }
 
 

@@ -20,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orderlab.bench import in_turn, machine, median_seconds, publish
+from orderlab.bench import in_turn, machine, median_seconds, medians, publish, seconds
 from orderlab.config import DataConfig, GPTConfig, MaskedTask, OrderHeadTask, RandomOrder, RunConfig, UserError
 from orderlab.data.tokens import TokenMeta, write_token_set
 from orderlab.evaluate.distances import MomentAccumulator, frechet_distance, frechet_standard_error, mmd, moments, one_blas_thread
@@ -138,10 +139,9 @@ def _drawing_seconds(model: GPTConfig, count: int) -> dict[str, float]:
 
 def _figures(rounds: list[dict[str, float]], drawing: dict[str, float], share: float) -> dict[str, dict[str, float]]:
     """By kind of step: milliseconds, the ratio to raster's, and as shares of raster's step what the kind's parts add to it."""
-    step = {kind: statistics.median(found[kind] for found in rounds) for kind in KINDS}
-    ratio = {kind: statistics.median(found[kind] / found["raster"] for found in rounds) for kind in KINDS}
+    step, ratio = medians(rounds), medians(rounds, over="raster")
     target = statistics.median((found["random, target told"] - found["random"]) / found["raster"] for found in rounds)
-    drawn = {name: seconds * share / step["raster"] for name, seconds in drawing.items()}
+    drawn = {name: took * share / step["raster"] for name, took in drawing.items()}
     parts: dict[str, dict[str, float]] = {
         "raster": {},
         "random": {"drawing": drawn["orders"]},
@@ -189,27 +189,27 @@ def run_metrics(
 
 def _metric_seconds(samples: int, width: int, repeats: int, has_scipy: bool) -> dict[str, Any]:
     sample_ND, reference_ND = features(samples, width, 1), features(samples, width, 2, 0.01)
-    reference, before = moments(reference_ND), peak_gib()
-    times: dict[str, list[float]] = {}
-    value, theirs, own, peak = 0.0, {}, reference, before
+    own, reference, before, cpu = moments(sample_ND), moments(reference_ND), peak_gib(), time.process_time
+    pair = own.mean, own.covariance, reference.mean, reference.covariance
+    sides: dict[str, Callable[[], Any]] = {
+        "moments": lambda: moments(sample_ND),
+        "distance": lambda: frechet_distance(*pair),
+        "precision_recall": lambda: precision_recall(reference_ND, sample_ND),
+    }
+    rounds, theirs, peak = [], {}, before
     for _ in range(repeats):
-        own = _timed(times, "moments", lambda: moments(sample_ND))
-        pair = (own.mean, own.covariance, reference.mean, reference.covariance)
-        value = _timed(times, "distance", lambda pair=pair: frechet_distance(*pair))
-        _timed(times, "precision_recall", lambda: precision_recall(reference_ND, sample_ND))
+        took = in_turn(sides, 1, cpu)[0]
         peak = peak_gib()
-        if has_scipy:
-            theirs = _sqrtm(own.covariance, reference.covariance)
-            times.setdefault("sqrtm", []).append(theirs["seconds"])
-    _timed(times, "standard_error", lambda: frechet_standard_error(sample_ND, reference.mean, reference.covariance, own))
-    _timed(times, "kid", lambda: mmd(sample_ND, reference_ND))
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    seconds["fid"] = statistics.median(a + b for a, b in zip(times["moments"], times["distance"]))
-    result = {"seconds": seconds, "fid": value, "peak_gib": peak, "peak_gib_before": before}
+        theirs = _sqrtm(own.covariance, reference.covariance) if has_scipy else {}
+        rounds.append({**took, "fid": took["moments"] + took["distance"], **({"sqrtm": theirs["seconds"]} if theirs else {})})
+    found = medians(rounds)
+    found["standard_error"] = seconds(lambda: frechet_standard_error(sample_ND, reference.mean, reference.covariance, own), cpu)
+    found["kid"] = seconds(lambda: mmd(sample_ND, reference_ND), cpu)
+    result = {"seconds": found, "fid": frechet_distance(*pair), "peak_gib": peak, "peak_gib_before": before}
     if theirs:
         difference_D, traces = own.mean - reference.mean, float(np.trace(own.covariance) + np.trace(reference.covariance))
         result |= {"scipy": theirs["scipy"], "fid_by_sqrtm": float(difference_D @ difference_D) + traces - 2 * theirs["trace"]}
-        result |= {"sqrtm_over_distance": seconds["sqrtm"] / seconds["distance"]}
+        result |= {"sqrtm_over_distance": found["sqrtm"] / found["distance"]}
     return result
 
 
@@ -226,11 +226,11 @@ def features(count: int, width: int, seed: int, shift: float = 0.0) -> np.ndarra
 
 def _stream(count: int, width: int) -> dict[str, Any]:
     """Moments of `count` rows that come in batches and are dropped."""
-    accumulator, times = MomentAccumulator(), {"add": [0.0]}
+    accumulator, took = MomentAccumulator(), 0.0
     for start in range(0, count, STREAM_BATCH):
         batch = features(min(STREAM_BATCH, count - start), width, seed=1000 + start)
-        _timed(times, "add", lambda batch=batch: accumulator.add(batch))
-    return {"stream_samples": count, "stream_seconds": sum(times["add"]), "stream_peak_gib": peak_gib()}
+        took += seconds(partial(accumulator.add, batch), time.process_time)
+    return {"stream_samples": count, "stream_seconds": took, "stream_peak_gib": peak_gib()}
 
 
 def _sqrtm(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
@@ -245,35 +245,27 @@ def _sqrtm(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def _timed(times: dict[str, list[float]], name: str, function: Callable[[], Any]) -> Any:
-    """What the function gives; its CPU seconds are added to the others of that name."""
-    start = time.process_time()
-    value = function()
-    times.setdefault(name, []).append(time.process_time() - start)
-    return value
-
-
 def peak_gib() -> float:
     """The most memory this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _metric_lines(result: dict[str, Any]) -> list[str]:
-    seconds, n, d = result["seconds"], result["samples"], result["width"]
+    took, n, d = result["seconds"], result["samples"], result["width"]
     text = [
         f"N = {n:,}, D = {d:,}, CPU seconds of one thread, medians of {result['repeats']} · {result['device']} · torch {result['torch']}",
-        f"  FID from features         {seconds['fid']:7.2f} s   (moments {seconds['moments']:.2f}, distance {seconds['distance']:.2f})",
+        f"  FID from features         {took['fid']:7.2f} s   (moments {took['moments']:.2f}, distance {took['distance']:.2f})",
     ]
-    if "sqrtm" in seconds:
+    if "sqrtm" in took:
         text.append(
-            f"  scipy's sqrtm             {seconds['sqrtm']:7.2f} s   {result['sqrtm_over_distance']:.1f} times our distance; "
+            f"  scipy's sqrtm             {took['sqrtm']:7.2f} s   {result['sqrtm_over_distance']:.1f} times our distance; "
             f"the two FIDs differ by {abs(result['fid'] - result['fid_by_sqrtm']):.1e} (scipy {result['scipy']})"
         )
     return [
         *text,
-        f"  precision and recall      {seconds['precision_recall']:7.2f} s",
-        f"  standard error of the FID {seconds['standard_error']:7.2f} s",
-        f"  KID from all pairs        {seconds['kid']:7.2f} s",
+        f"  precision and recall      {took['precision_recall']:7.2f} s",
+        f"  standard error of the FID {took['standard_error']:7.2f} s",
+        f"  KID from all pairs        {took['kid']:7.2f} s",
         f"  peak memory               {result['peak_gib']:7.2f} GiB ({result['peak_gib_before']:.2f} of it libraries and features)",
         f"  moments of {result['stream_samples']:,} streamed {result['stream_seconds']:7.2f} s   peak {result['stream_peak_gib']:.2f} GiB",
     ]

@@ -225,17 +225,11 @@ class Autoregressive(Objective[GPT]):
         progress = images_seen / config.images
         keyed = generator("order", config.seed, images_seen)
         order_BT, is_random_B = draw_orders(config.policy, config.model.grid, config.batch, progress, keyed)
-        target_B = self._targets(is_random_B, random_ratio(config.policy, progress))
-        return OrderedBatch(classes_B=classes_B, tokens_BT=to_steps(tokens_BP, order_BT), order_BT=order_BT, target_B=target_B)
-
-    def _targets(self, is_random_B: Tensor, ratio: float) -> Tensor | None:
-        """The samples that are given their target's position; None when none of the global batch is.
-
-        NOTE: None keeps the table out of the graph: it gets no gradient, so AdamW neither moves nor decays it.
-        """
-        when = self.config.target_when
+        when, ratio = config.target_when, random_ratio(config.policy, progress)
         target_B = is_random_B if when == "random-samples" else torch.full_like(is_random_B, when == "always" or ratio > 0)
-        return target_B if self.config.model.target_embedding and bool(target_B.any()) else None
+        if not (config.model.target_embedding and bool(target_B.any())):
+            target_B = None  # NOTE: this keeps the table out of the graph: without a gradient AdamW neither moves nor decays it
+        return OrderedBatch(classes_B=classes_B, tokens_BT=to_steps(tokens_BP, order_BT), order_BT=order_BT, target_B=target_B)
 
     def loss(self, forward: Callable[..., Tensor], batch: OrderedBatch) -> Tensor:
         target = False if batch.target_B is None else batch.target_B
