@@ -70,7 +70,7 @@ TRAINING = [
     Mutant("validation counted as steps", "training/loop.py", "training/test_speed.py::test_seconds_hold_what_steps_wait_for_and_nothing_else",
            'with self.speed.paused():\n                        self._record({"kind": "validation"', 'if True:\n                        self._record({"kind": "validation"'),
     Mutant("micro-batches weigh too much", "training/loop.py", "training/test_loop.py::test_accumulation_equals_the_whole_batch[fp32]",
-           " * (len(part.classes_B) / share)", ""),
+           " * (len(part.classes_B) / self.share)", ""),
     Mutant("norms decay", "training/optim.py", "training/test_optim.py::test_decay_groups_are_llamagens",
            "config.weight_decay if decays else 0.0", "config.weight_decay"),
     Mutant("tokens not put into their order", "training/objectives.py", "training/test_loop.py::test_a_batch_is_the_images_tokens_in_the_drawn_order",
