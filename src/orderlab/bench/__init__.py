@@ -17,8 +17,6 @@ from orderlab.runtime.run import device_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GUIDANCE = 2.0
-
-
 Clock = Callable[[], float]
 
 
