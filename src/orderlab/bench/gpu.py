@@ -64,12 +64,9 @@ def run(
     check_model(model_name)
     if out is not None:
         check_replaceable(out)
-    start = time.perf_counter()
-    card = Card(model_name, side)
-    about, bounds = {**machine(), "date": time.strftime("%Y-%m-%d")}, card.bounds
-    say(
-        f"{about['device']}, torch {about['torch']}: copy {bounds['copy_tb_s']:.2f} TB/s, bf16 product {bounds['bf16_tflop_s']:.0f} TFLOP/s"
-    )
+    start, card = time.perf_counter(), Card(model_name, side)
+    about = {**machine(), "date": time.strftime("%Y-%m-%d"), **card.bounds}
+    say(f"{about['device']}, torch {about['torch']}: copy {about['copy_tb_s']:.2f} TB/s, bf16 product {about['bf16_tflop_s']:.0f} TFLOP/s")
     entries: list[dict[str, Any]] = []
     left_out: list[str] = []
     for name, measure in card.cases(sampling or [1, 8, 64, 256], training or [64, 256]):
@@ -83,12 +80,11 @@ def run(
             left_out.append(f"{name} (out of memory)")
         finally:
             gc.collect()
-            if card.is_gpu:
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
     if left_out:
         say(f"not measured: {'; '.join(left_out)}")
     took = (time.perf_counter() - start) / 60
-    return publish({"model": model_name, **about, **bounds, "entries": entries, "left_out": left_out, "minutes": took}, out)
+    return publish({"model": model_name, **about, "entries": entries, "left_out": left_out, "minutes": took}, out)
 
 
 class Card:
