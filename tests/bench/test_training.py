@@ -27,12 +27,12 @@ def test_each_kind_is_the_step_of_its_recipe(tmp_path: Path) -> None:
     assert isinstance(configs["masked"].task, MaskedTask)
     assert isinstance(configs["order-head"].task, OrderHeadTask)
     assert configs["random, target told"].model.target_embedding
-    step = bench.Step(configs["random, target told"], tmp_path)
-    before = {name: p.detach().clone() for name, p in step.objective.model.named_parameters()}
-    step()
-    moved = {name for name, p in step.objective.model.named_parameters() if not torch.equal(p, before[name])}
+    trainer = bench.trainer_of(configs["random, target told"], tmp_path)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.step()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert "output.weight" in moved
-    assert step.objective.batch(0).target_B.all()  # pyrefly: ignore
+    assert trainer.objective.batch(4).target_B.all()  # pyrefly: ignore
 
 
 def test_a_preset_gives_its_sizes(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_ten_steps_wait_for_nothing_and_reports_come_between(
     device: torch.device, name: str, precision: str, every_task: dict[str, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A report after every other step, two validations and two checkpoints: what they wait for is no step's."""
-    step = loop.Trainer._step
+    step = loop.Trainer.step
 
     def watched(trainer: loop.Trainer) -> None:
         assert trainer.here.device.type == device.type
@@ -60,7 +60,7 @@ def test_ten_steps_wait_for_nothing_and_reports_come_between(
         with waiting_is_an_error(device):
             step(trainer)
 
-    monkeypatch.setattr(loop.Trainer, "_step", watched)
+    monkeypatch.setattr(loop.Trainer, "step", watched)
     monkeypatch.setattr(loop, "REPORTS_PER_RUN", 5)
     config = every_task[name].edited(precision=precision, images=160, validate_every=80, checkpoint_every=80)
     folder = trained(config, name, every_task, tmp_path)

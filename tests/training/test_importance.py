@@ -12,7 +12,7 @@ from orderlab.config import OracleConfig, UserError
 from orderlab.data.tokens import TokenSet
 from orderlab.models.oracle import Oracle, save_oracle, true_class_probability
 from orderlab.runtime.run import RunFolder
-from orderlab.training.oracle import classes_in_turn, cluster_map, importance_maps, measure, saliency_map, spread
+from orderlab.training.oracle import classes_in_turn, cluster_map, importance_maps, measure, spread
 from tests.training.test_clusters import token_set
 
 SMALL = OracleConfig(layers=2, heads=2, dim=16, mlp_dim=32, grid=(4, 4), vocabulary=8, entry_dim=8, classes=3)
@@ -65,7 +65,7 @@ def test_maps_have_one_level_a_cluster_at_most(oracle_file: Path, tokens: TokenS
 def test_each_view_and_image_has_its_own_map(oracle_file: Path, tokens: TokenSet, tmp_path: Path) -> None:
     maps = importance_maps(oracle_file, tokens, "saliency_attn", 4, tmp_path / "cache")
     for view in range(2):
-        expected = saliency_map(small_oracle(), tokens.read(np.arange(9), view)[1])
+        expected = small_oracle().saliency(tokens.read(np.arange(9), view)[1]).detach()
         assert maps[:, view] == pytest.approx(expected.numpy(), abs=1e-6)
     assert (maps.sum(-1) < 1).all()
 

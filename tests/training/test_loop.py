@@ -15,6 +15,7 @@ from orderlab.config import AnnealedOrder, OptimConfig, RunConfig, UserError
 from orderlab.models.weights import load_gpt
 from orderlab.runtime.run import RunFolder, StopSignal
 from orderlab.training.loop import Trainer, run
+from orderlab.training.objectives import Autoregressive, objective_for
 from orderlab.training.optim import ema_decay, learning_rate
 
 TRAIN = """
@@ -165,17 +166,15 @@ def test_two_seeds_differ_and_one_seed_repeats(tiny_run: RunConfig, tmp_path: Pa
 def test_nan_stops_with_the_step_and_keeps_the_last_checkpoint(
     tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orderlab.training import objectives as autoregressive
-
     folder = tmp_path / "a/seed0"
     config = tiny_run.edited(checkpoint_every=20 * 16)
-    healthy = autoregressive.Autoregressive.loss
+    healthy = Autoregressive.loss
     calls = iter(range(10**6))
 
     def broken(self: Any, forward: Any, batch: Any) -> torch.Tensor:
         return healthy(self, forward, batch) * (float("nan") if next(calls) == 33 else 1.0)
 
-    monkeypatch.setattr(autoregressive.Autoregressive, "loss", broken)
+    monkeypatch.setattr(Autoregressive, "loss", broken)
     with pytest.raises(UserError, match="not finite at step 33") as error:
         run(config, folder)
     assert "\n" not in str(error.value)
@@ -272,7 +271,7 @@ def test_a_step_takes_the_scheduled_rate_of_each_group(tiny_run: RunConfig, tmp_
     trainer.optimizer.param_groups[1]["lr_scale"] = 3.0
     used = []
     for step in range(10):
-        trainer._step()
+        trainer.step()
         used.append(float(trainer.optimizer.param_groups[0]["lr"]))
         assert used[-1] == pytest.approx(learning_rate(config, 16 * step))
         assert float(trainer.optimizer.param_groups[1]["lr"]) == pytest.approx(3 * used[-1])
@@ -284,7 +283,7 @@ def test_the_loop_updates_the_moving_average_at_every_step(tiny_run: RunConfig, 
     assert trainer.ema is not None
     expected: list[torch.Tensor] = []
     for step in range(4):
-        trainer._step()
+        trainer.step()
         now = [parameter.detach().clone() for parameter in trainer.model.parameters()]
         decay = ema_decay(tiny_run.optim.ema, step, tiny_run.steps) if step else 0.0
         expected = [decay * old + (1 - decay) * new for old, new in zip(expected or now, now)]
@@ -311,8 +310,6 @@ def test_a_records_speed_is_images_over_seconds(tiny_run: RunConfig, tmp_path: P
 
 
 def test_a_batch_is_the_images_tokens_in_the_drawn_order(tiny_run: RunConfig, tmp_path: Path) -> None:
-    from orderlab.training.objectives import objective_for
-
     objective = objective_for(rar(tiny_run), tmp_path, torch.device("cpu"))
     batch, (_, tokens_BP) = objective.batch(32), objective.train.batch(tiny_run.seed, 32, 16)
     assert torch.equal(batch.tokens_BT, torch.stack([image[order] for image, order in zip(tokens_BP, batch.order_BT)]))
@@ -320,8 +317,6 @@ def test_a_batch_is_the_images_tokens_in_the_drawn_order(tiny_run: RunConfig, tm
 
 
 def test_labels_are_dropped_at_the_configured_rate(tiny_run: RunConfig, tmp_path: Path) -> None:
-    from orderlab.training.objectives import objective_for
-
     for rate in (0.0, 0.1, 0.4):
         objective = objective_for(tiny_run.edited(class_dropout=rate), tmp_path, torch.device("cpu"))
         found, whole = [], []
@@ -349,7 +344,6 @@ def test_phase_ends_are_kept_and_named(tiny_run: RunConfig, tmp_path: Path) -> N
 def test_table_starts_as_nothing_and_the_raster_phase_never_reads_it(tiny_run: RunConfig, tmp_path: Path) -> None:
     """Bug 1 of the study: in the raster phase, and at inference as the study does it, the output does not depend on the table."""
     from orderlab.models.gpt import GPT
-    from orderlab.training.objectives import objective_for
 
     objective = objective_for(rar(tiny_run), tmp_path, torch.device("cpu"))
     model = objective.model.eval()
@@ -372,8 +366,6 @@ def test_table_starts_as_nothing_and_the_raster_phase_never_reads_it(tiny_run: R
 
 @pytest.mark.parametrize(("when", "told"), [("random-samples", (16, 0)), ("while-ratio-positive", (16, 0)), ("always", (16, 16))])
 def test_who_is_told_the_target(tiny_run: RunConfig, tmp_path: Path, when: str, told: tuple[int, int]) -> None:
-    from orderlab.training.objectives import objective_for
-
     objective = objective_for(rar(tiny_run, target_when=when), tmp_path, torch.device("cpu"))
     found = tuple(0 if (b := objective.batch(images).target_B) is None else int(b.sum()) for images in (0, 800))
     assert found == told
@@ -390,8 +382,6 @@ def rar_of_four(config: RunConfig) -> RunConfig:
 
 def test_two_processes_equal_one_through_all_phases_of_rar(tiny_run: RunConfig, tmp_path: Path) -> None:
     """Also where all samples of one process are raster, which plain DDP stops at; the table rests in the raster phase."""
-    from orderlab.training.objectives import objective_for
-
     config = rar_of_four(tiny_run)
     batches = [objective_for(config, tmp_path, torch.device("cpu")).batch(images).target_B for images in range(0, 120, 4)]
     assert any(told is not None and told[:2].any() != told[2:].any() for told in batches)

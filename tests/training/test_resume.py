@@ -34,14 +34,14 @@ def cut(config: RunConfig) -> RunConfig:
 def killed_at(config: RunConfig, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train until the loss of so many steps was taken, and end there without saving."""
     with monkeypatch.context() as patch:
-        healthy = loop.Trainer._step
+        healthy = loop.Trainer.step
 
         def dies(trainer: loop.Trainer) -> None:
             if trainer.images == step * 16:
                 raise Killed
             healthy(trainer)
 
-        patch.setattr(loop.Trainer, "_step", dies)
+        patch.setattr(loop.Trainer, "step", dies)
         with pytest.raises(Killed):
             run(config, folder)
     torch.rand(7)  # whatever else the next process draws
@@ -92,14 +92,14 @@ def test_a_run_told_to_stop_between_two_reports_adds_one_and_changes_nothing(
     run(config, whole)
     signals: list[StopSignal] = []
     with monkeypatch.context() as patch:
-        enter, step = StopSignal.__enter__, loop.Trainer._step
+        enter, step = StopSignal.__enter__, loop.Trainer.step
         patch.setattr(StopSignal, "__enter__", lambda self: signals.append(self) or enter(self))
 
         def stops(trainer: loop.Trainer) -> None:
             step(trainer)
             signals[0].received = trainer.images == 18 * 16
 
-        patch.setattr(loop.Trainer, "_step", stops)
+        patch.setattr(loop.Trainer, "step", stops)
         assert run(config, stopped) == "stopped"
     torch.rand(7)
     assert RunFolder(stopped).status()["images"] == 18 * 16

@@ -13,6 +13,7 @@ from orderlab.runtime.run import RunFolder
 from orderlab.study import catalog
 from orderlab.training import loop, speed
 from orderlab.training.loop import run
+from orderlab.training.objectives import Autoregressive
 from orderlab.training.speed import training_flops
 
 
@@ -23,7 +24,7 @@ class Device:
         self.now, self.queued = 0.0, 0.0
         patch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: self.now))
         patch.setattr(World, "wait", lambda world: self.wait())
-        self.takes(patch, loop.Trainer, "_step", 0.1, queued=2.0)
+        self.takes(patch, loop.Trainer, "step", 0.1, queued=2.0)
 
     def wait(self) -> None:
         self.now, self.queued = self.now + self.queued, 0.0
@@ -42,8 +43,6 @@ class Device:
 
 def test_seconds_hold_what_steps_wait_for_and_nothing_else(tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six steps, reports after 3 and 6 (and 4, where a checkpoint is due), validations after 2, 4 and 6, exports after 2 and 5."""
-    from orderlab.training.objectives import Autoregressive
-
     device = Device(monkeypatch)
     monkeypatch.setattr(loop, "REPORTS_PER_RUN", 2)
     for owner, name, seconds in ((Autoregressive, "validate", 100.0), (loop, "save_state", 1000.0), (Autoregressive, "export", 10000.0)):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from orderlab.data.prepare import tokenizer
 from safetensors import safe_open
 
 from orderlab.data.fashion import load_fashion, to_unit_range
@@ -34,11 +35,11 @@ def tiny_run(folder, **changes) -> TokenizerConfig:
 
 
 def test_tokenizer_training_is_a_function_of_its_config(tmp_path, capsys):
-    first = fashion.run_tokenizer(tiny_run(tmp_path), limit=48)
+    first = fashion.train_tokenizer(tiny_run(tmp_path), limit=48)
     assert "step 9/9" in capsys.readouterr().out
     torch.rand(3)  # the global stream must not matter
-    second = fashion.run_tokenizer(tiny_run(tmp_path / "again"), limit=48)
-    other = fashion.run_tokenizer(tiny_run(tmp_path / "other", seed=1), limit=48)
+    second = fashion.train_tokenizer(tiny_run(tmp_path / "again"), limit=48)
+    other = fashion.train_tokenizer(tiny_run(tmp_path / "other", seed=1), limit=48)
     assert tokenizer_hash(first) == tokenizer_hash(second) != tokenizer_hash(other)
     assert tokenizer_hash(load_vq(tmp_path / "vq.safetensors")) == tokenizer_hash(first)
     with safe_open(tmp_path / "vq.safetensors", framework="pt") as handle:
@@ -49,12 +50,12 @@ def test_training_leaves_the_global_stream_alone(tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    fashion.run_tokenizer(tiny_run(tmp_path, epochs=1), limit=16)
+    fashion.train_tokenizer(tiny_run(tmp_path, epochs=1), limit=16)
     assert torch.equal(torch.rand(4), expected)
 
 
 def test_sixteen_by_sixteen_grid_trains(tmp_path):
-    model = fashion.run_tokenizer(tiny_run(tmp_path, grid="16x16", epochs=1), limit=32)
+    model = fashion.train_tokenizer(tiny_run(tmp_path, grid="16x16", epochs=1), limit=32)
     assert model.encode(torch.zeros(1, 1, 32, 32)).shape == (1, 256)
 
 
@@ -76,7 +77,7 @@ def test_kmeans_finds_separated_clusters_and_reports_centres():
 
 
 def test_start_puts_the_codebook_on_the_vectors_it_will_code(tmp_path):
-    model = fashion.run_tokenizer(tiny_run(tmp_path, epochs=1), limit=16)
+    model = fashion.train_tokenizer(tiny_run(tmp_path, epochs=1), limit=16)
     images = to_unit_range(load_fashion("train")[0][:64])
     with torch.no_grad():
         vectors = unit_vectors(model, images)
@@ -87,7 +88,7 @@ def test_start_puts_the_codebook_on_the_vectors_it_will_code(tmp_path):
 
 
 def test_revival_moves_rare_codes_only_and_forgets_their_moments(tmp_path):
-    model = fashion.run_tokenizer(tiny_run(tmp_path, epochs=1), limit=16).requires_grad_(True)
+    model = fashion.train_tokenizer(tiny_run(tmp_path, epochs=1), limit=16).requires_grad_(True)
     weight = model.quantize.embedding.weight
     optimizer = torch.optim.Adam([weight])
     weight.square().sum().backward()
@@ -108,11 +109,11 @@ def test_revival_moves_rare_codes_only_and_forgets_their_moments(tmp_path):
 
 def test_classifier_training_is_a_function_of_its_config(tmp_path):
     config = ClassifierConfig(out=tmp_path / "cnn" / "cnn.safetensors", epochs=1, batch=32)
-    score = fashion.run_classifier(config, limit=64)
+    score = fashion.train_classifier(config, limit=64)
     assert 0 <= score <= 1
     torch.rand(5)  # the global stream must not matter
     images, labels = load_fashion("train")
-    again = fashion.train_classifier(config, to_unit_range(images[:64]), torch.from_numpy(labels[:64].astype(np.int64)))
+    again = fashion.fit_classifier(config, to_unit_range(images[:64]), torch.from_numpy(labels[:64].astype(np.int64)))
     assert weights_hash(load_fashion_cnn(config.out).state_dict()) == weights_hash(again.state_dict())
 
 
@@ -126,6 +127,14 @@ def test_augmentation_flips_and_shifts_whole_images():
     assert set(places[:, 1].tolist()) == set(range(8, 13))
     assert set(places[:, 2].tolist()) == {*range(3, 8), *range(24, 29)}
     assert 60 < (places[:, 2] > 16).sum() < 140
+
+
+def test_the_report_says_what_is_lost_and_draws_it(tmp_path, capsys):
+    fashion.evaluate_tokenizer(tokenizer("fashion-8x8"), tmp_path / "pairs.png", images=20)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:1] + lines[2:]] == ["tokenizer", "PSNR", "FD-20"]
+    assert "codes used, perplexity" in lines[1]
+    assert (tmp_path / "pairs.png").exists()
 
 
 def test_psnr_of_known_errors():

@@ -92,6 +92,6 @@ def test_a_step_never_waits_for_the_device(
         monkeypatch.setattr(Tensor, method, lambda *a, method=method: pytest.fail(f"a step waits for the device: Tensor.{method}"))
     with NoWaiting(trainer.ema.n_averaged):
         for _ in range(3):
-            trainer._step()
+            trainer.step()
     monkeypatch.undo()
     assert trainer.images == 48

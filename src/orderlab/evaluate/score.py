@@ -23,7 +23,7 @@ from orderlab.data.fashion import CLASSES
 from orderlab.data.imagenet import ClassNames, Labels, in_numbering_of, read_names
 from orderlab.data.images import SUFFIXES, image_batches
 from orderlab.data.npz import NpzFile
-from orderlab.data.tokens import TokenSet, decode, fashion_images, token_sets, tokenizer
+from orderlab.data.tokens import decode, fashion_images, token_sets, tokenizer
 from orderlab.evaluate.distances import frechet_distance_from_features, image_set, keep_per_image, mmd
 from orderlab.evaluate.inception import SHA256_PREFIX
 from orderlab.evaluate.measure import Measured, Options, measure_images, reconstruction, scores, warnings

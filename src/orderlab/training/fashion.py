@@ -1,13 +1,20 @@
-"""Training of the toy feature network: the small Fashion-MNIST classifier whose features every toy-scale distribution metric reads.
+"""The two small networks of the toy scales, trained on Fashion-MNIST: the tokenizer, and the classifier that is the feature network.
 
-Plain supervised learning: cross-entropy, AdamW, one-cycle learning rate, horizontal flips and shifts of up to 2 pixels. The same config
+The tokenizer is LlamaGen's VQ autoencoder with its codebook losses, and with pixels (MSE + 0.2 L1) in the place of its
+perceptual and adversarial losses, which need networks trained on photographs. Three habits keep the whole codebook in use: the
+first steps go around it, k-means on the encoder's vectors starts it, and until 80 % of the run codes that hardly occur are moved
+onto vectors that do. `evaluate_tokenizer` measures what it loses, beside k-means on raw patches. The classifier's features are
+what every toy-scale distribution metric reads: cross-entropy, AdamW, a one-cycle learning rate, flips and shifts. The same config
 gives the same weights, bit for bit, on the same machine and number of threads.
 """
 
+# B batch · N images · C channels · H, W pixels · h, w token grid · P grid position · D codebook width
+
+from __future__ import annotations
+
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,47 +26,51 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderlab.config import Frozen, UserError
-from orderlab.data.fashion import load_fashion, to_uint8, to_unit_range
+from orderlab.data.fashion import load_fashion, to_unit_range
 from orderlab.data.images import png_bytes
+from orderlab.data.tokens import decode
 from orderlab.evaluate.distances import frechet_distance_from_features
 from orderlab.evaluate.networks import FashionCNN, FashionFeatures
 from orderlab.models.vq import PRESETS, VQ, save_vq, tokenizer_hash
 from orderlab.models.weights import save_weights
 from orderlab.runtime.files import check_replaceable, write_output
 
-# MERGED FROM training.tokenizer: Training of the small tokenizers of the toy scales: a VQ autoencoder of Fashion-MNIST. LlamaGen's architecture and codebook losses, with pixels (MSE + 0.2 L1) in the place of its perceptual and adversarial losses, which need networks trained on photographs. Three habits keep the whole codebook in use: the first steps go around the codebook, k-means on the encoder's vectors starts it, and until 80 % of the run codes that hardly occur are moved onto vectors that do. The same config gives the same weights, bit for bit, on the same machine and number of threads. B batch · N images · C channels · H, W pixels · h, w token grid · D codebook width
+PATCH, PATCH_CODES = 4, 256  # side and number of the patches that a tokenizer is compared with
 
 
 class TokenizerConfig(Frozen):
     """How to train a tokenizer of the toy scales."""
 
-    out: Path = Path("vq-fashion.safetensors")
-    """file to write"""
-    images: Path | None = None
-    """folder of Fashion-MNIST IDX files; without it the embedded subset"""
-    grid: Literal["8x8", "16x16"] = "8x8"
-    """tokens of an image"""
-    seed: int = 0
-    """seed of weights, shuffling, k-means and revival"""
-    epochs: int = Field(default=3, ge=1)
-    """passes over the training images"""
-    batch: int = Field(default=64, ge=1)
-    """images per step"""
-    lr: float = Field(default=2e-3, gt=0)
-    """peak learning rate of Adam: 100 steps of warm-up, then half a cosine to zero"""
-    l1: float = Field(default=0.2, ge=0)
-    """weight of the L1 loss beside MSE"""
-    unquantised_steps: int = Field(default=150, ge=1)
-    """first steps that go around the codebook; k-means follows"""
-    revive_until: float = Field(default=0.8, ge=0, le=1)
-    """share of the run during which rare codes are moved"""
-    revive_every: int = Field(default=50, ge=1)
-    """steps between two revivals"""
-    device: str = "cpu"
-    """torch device"""
+    out: Path = Path("vq-fashion.safetensors")  # file to write
+    images: Path | None = None  # folder of Fashion-MNIST IDX files; without it the embedded subset
+    grid: Literal["8x8", "16x16"] = "8x8"  # tokens of an image
+    seed: int = 0  # seed of weights, shuffling, k-means and revival
+    epochs: int = Field(3, ge=1)  # passes over the training images
+    batch: int = Field(64, ge=1)  # images per step
+    lr: float = Field(2e-3, gt=0)  # peak learning rate of Adam: 100 steps of warm-up, then half a cosine to zero
+    l1: float = Field(0.2, ge=0)  # weight of the L1 loss beside MSE
+    unquantised_steps: int = Field(150, ge=1)  # first steps that go around the codebook; k-means follows
+    revive_until: float = Field(0.8, ge=0, le=1)  # share of the run during which rare codes are moved
+    revive_every: int = Field(50, ge=1)  # steps between two revivals
+    device: str = "cpu"  # torch device
 
 
-def run_tokenizer(config: TokenizerConfig, limit: int | None = None) -> VQ:
+class ClassifierConfig(Frozen):
+    """How to train the feature network of the toy scales."""
+
+    out: Path = Path("cnn-fashion.safetensors")  # file to write
+    images: Path | None = None  # folder of Fashion-MNIST IDX files; without it the embedded subset
+    seed: int = 0  # seed of weights, shuffling and augmentation
+    epochs: int = Field(10, ge=1)  # passes over the training images
+    batch: int = Field(250, ge=1)  # images per step
+    lr: float = Field(4e-3, gt=0)  # peak learning rate of AdamW
+    weight_decay: float = Field(0.05, ge=0)  # weight decay of AdamW
+    dropout: float = Field(0.2, ge=0, lt=1)  # dropout on the pooled features
+    shift: int = Field(2, ge=0, le=2)  # images move by up to this many pixels either way
+    device: str = "cpu"  # torch device
+
+
+def train_tokenizer(config: TokenizerConfig, limit: int | None = None) -> VQ:
     """Train, write `config.out` and return the tokenizer in eval mode.
 
     `limit` keeps the first images only, for a quick check. Raises UserError when the images cannot be read.
@@ -67,15 +78,15 @@ def run_tokenizer(config: TokenizerConfig, limit: int | None = None) -> VQ:
     check_replaceable(config.out)
     started = time.monotonic()
     images = to_unit_range(load_fashion("train", config.images)[0][:limit])
-    model = train_tokenizer(config, images)
+    model = fit_tokenizer(config, images)
     header = {"training": config.model_dump_json(exclude={"out", "images", "device"}), "training_images": str(len(images))}
     save_vq(config.out, model, header)
     print(f"tokenizer {tokenizer_hash(model)} · {time.monotonic() - started:.0f} s · {config.out}", flush=True)
     return model
 
 
-def train_tokenizer(config: TokenizerConfig, images: Tensor) -> VQ:
-    """Fit the tokenizer to images [N,C,H,W] in [-1,1]."""
+def fit_tokenizer(config: TokenizerConfig, images: Tensor) -> VQ:
+    """The tokenizer of images [N,C,H,W] in [-1,1]."""
     device = torch.device(config.device)
     with torch.random.fork_rng(devices=[]):  # module initialisation knows the global stream only
         torch.manual_seed(config.seed)
@@ -84,33 +95,35 @@ def train_tokenizer(config: TokenizerConfig, images: Tensor) -> VQ:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=True)
     steps = config.epochs * -(-len(images) // config.batch)
     start = min(config.unquantised_steps, steps // 2)
-    window = torch.zeros(model.config.codebook_size, device=device)
-    step, clock = 0, time.monotonic()
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(config.batch):
-            batch = images[rows].to(device)
-            if step == start:
-                start_codebook(model, images, generator)
-            optimizer.param_groups[0]["lr"] = config.lr * rate(step, steps)
-            pixel_loss, codes = train_step(model, optimizer, batch, config.l1, is_quantised=step >= start)
-            window += torch.bincount(codes.flatten(), minlength=len(window))
-            step += 1
-            if step % config.revive_every == 0 or step == steps:
-                used = int((window > 0).sum())
-                speed = step * config.batch / (time.monotonic() - clock)
-                print(f"step {step}/{steps} · loss {pixel_loss:.5f} · {used} codes in use · {speed:.0f} images/s", flush=True)
-                if start < step <= config.revive_until * steps:
-                    revive(model, optimizer, batch, window, generator)
-                window.zero_()
+    window, clock = torch.zeros(model.config.codebook_size, device=device), time.monotonic()
+    for step, rows in enumerate(shuffled(len(images), config.epochs, config.batch, generator), 1):
+        batch = images[rows].to(device)
+        if step == start + 1:
+            start_codebook(model, images, generator)
+        optimizer.param_groups[0]["lr"] = config.lr * rate(step - 1, steps)
+        pixel_loss, codes = tokenizer_step(model, optimizer, batch, config.l1, is_quantised=step > start)
+        window += torch.bincount(codes.flatten(), minlength=len(window))
+        if step % config.revive_every == 0 or step == steps:
+            used, speed = int((window > 0).sum()), step * config.batch / (time.monotonic() - clock)
+            print(f"step {step}/{steps} · loss {pixel_loss:.5f} · {used} codes in use · {speed:.0f} images/s", flush=True)
+            if start < step <= config.revive_until * steps:
+                revive(model, optimizer, batch, window, generator)
+            window.zero_()
     return model.eval()
 
 
+def shuffled(count: int, epochs: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """The rows of each batch, every epoch in an order of its own."""
+    for _ in range(epochs):
+        yield from torch.randperm(count, generator=generator).split(batch)
+
+
 def rate(step: int, steps: int, warmup: int = 100) -> float:
-    """Learning rate as a share of its peak."""
+    """The tokenizer's learning rate as a share of its peak."""
     return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def train_step(model: VQ, optimizer: torch.optim.Optimizer, images: Tensor, l1: float, is_quantised: bool) -> tuple[float, Tensor]:
+def tokenizer_step(model: VQ, optimizer: torch.optim.Optimizer, images: Tensor, l1: float, is_quantised: bool) -> tuple[float, Tensor]:
     """One update; return the pixel loss and the codes [B,h*w] that occurred."""
     with torch.autocast(images.device.type, torch.bfloat16):
         before = model.pre_quant(images)
@@ -168,47 +181,12 @@ def kmeans(points: Tensor, count: int, generator: torch.Generator, rounds: int =
     return centres
 
 
-# MERGED FROM training.tokenizer_report: What a tokenizer loses: reconstruction error, codebook use and reconstruction Fréchet distance on validation images, with a picture. The yardstick is the simplest tokenizer there is, k-means on raw 4x4 patches with 256 codes. The Fréchet distance of reconstructions to the images they came from is the floor under every distance that a generator on these tokens can reach. N images · H, W pixels · G patch side
+def evaluate_tokenizer(model: VQ, picture: Path | None = None, images: int | None = None) -> None:
+    """Print what a tokenizer of 32x32 grey images loses on the embedded validation images, or their first `images`.
 
-PATCH, PATCH_CODES = 4, 256
-
-
-@dataclass(frozen=True)
-class TokenizerReport:
-    """Reconstruction quality on N validation images; PSNR in dB on uint8 pixels, peak 255."""
-
-    tokenizer: str
-    """hash of the weights"""
-    images: int
-    codes_used: int
-    codes: int
-    perplexity: float
-    """exp of the entropy of code use: as many equally used codes"""
-    psnr: float
-    """mean over images of each image's PSNR"""
-    psnr_pooled: float
-    """PSNR of the mean squared error over all pixels"""
-    reconstruction_fd: float
-    """FD-fashion of the reconstructions to the images"""
-    patches_psnr: float
-    patches_fd: float
-    network: str
-    """feature network and hash of its weights"""
-
-    def lines(self) -> list[str]:
-        """The report as plain lines."""
-        return [
-            f"tokenizer {self.tokenizer} on {self.images} validation images",
-            f"{self.codes_used} of {self.codes} codes used, perplexity {self.perplexity:.0f}",
-            f"PSNR {self.psnr:.2f} dB mean over images, {self.psnr_pooled:.2f} dB pooled (k-means patches {self.patches_psnr:.2f} dB)",
-            f"FD-{self.images} of reconstructions {self.reconstruction_fd:.3f} (k-means patches {self.patches_fd:.3f}), {self.network}",
-        ]
-
-
-def evaluate_tokenizer(model: VQ, picture: Path | None = None, images: int | None = None) -> TokenizerReport:
-    """Measure a tokenizer of 32x32 grey images on the embedded validation images, or their first `images`; print and return the report.
-
-    `picture` is a PNG to write: originals above their reconstructions, two of each class.
+    PSNR is in dB on uint8 pixels; a code's perplexity is that many equally used codes. The Fréchet distance of reconstructions to
+    the images they came from is the floor under every distance that a generator on these tokens can reach. The yardstick is the
+    simplest tokenizer there is. `picture` is a PNG to write: originals above their reconstructions, two of each class.
     """
     if model.config.in_channels != 1:
         raise UserError(
@@ -216,42 +194,33 @@ def evaluate_tokenizer(model: VQ, picture: Path | None = None, images: int | Non
         )
     if picture is not None:
         check_replaceable(picture)
-    real, labels = load_fashion("validation")
-    real, labels = real[:images], labels[:images]
-    codes = encode_all(model, real)
-    decoded = in_batches(lambda part: to_uint8(model.decode(part)), codes)
-    patches = reconstruct_patches(load_fashion("train")[0], real)
+    real, labels = (values[:images] for values in load_fashion("validation"))
+    codes_NP = encode_all(model, real)
+    side = round(codes_NP.shape[1] ** 0.5)
+    decoded, patches = decode(model, codes_NP, (side, side)), reconstruct_patches(load_fashion("train")[0], real)
     network = FashionFeatures()
-    features = {name: network(pixels).pool for name, pixels in (("real", real), ("decoded", decoded), ("patches", patches))}
-    counts = torch.bincount(codes.flatten(), minlength=model.config.codebook_size).double()
-    report = TokenizerReport(
-        tokenizer=tokenizer_hash(model),
-        images=len(real),
-        codes_used=int((counts > 0).sum()),
-        codes=len(counts),
-        perplexity=float(torch.special.entr(counts / counts.sum()).sum().exp()),
-        psnr=float(psnr_of_images(real, decoded).mean()),
-        psnr_pooled=pooled_psnr(real, decoded),
-        reconstruction_fd=frechet_distance_from_features(features["decoded"], features["real"]),
-        patches_psnr=float(psnr_of_images(real, patches).mean()),
-        patches_fd=frechet_distance_from_features(features["patches"], features["real"]),
-        network=f"{network.name} {network.weights_hash}",
+    counts = torch.bincount(codes_NP.flatten(), minlength=model.config.codebook_size).double()
+    perplexity = float(torch.special.entr(counts / counts.sum()).sum().exp())
+    expected = network(real).pool
+    distances = [frechet_distance_from_features(network(pixels).pool, expected) for pixels in (decoded, patches)]
+    print(f"tokenizer {tokenizer_hash(model)} on {len(real)} validation images")
+    print(f"{int((counts > 0).sum())} of {len(counts)} codes used, perplexity {perplexity:.0f}")
+    print(
+        f"PSNR {psnr_of_images(real, decoded).mean():.2f} dB mean over images, {pooled_psnr(real, decoded):.2f} dB pooled "
+        f"(k-means patches {psnr_of_images(real, patches).mean():.2f} dB)"
     )
-    print("\n".join(report.lines()), flush=True)
+    print(
+        f"FD-{len(real)} of reconstructions {distances[0]:.3f} (k-means patches {distances[1]:.3f}), {network.name} {network.weights_hash}",
+        flush=True,
+    )
     if picture is not None:
         save_picture(picture, real, decoded, labels)
-    return report
 
 
 @torch.inference_mode()
-def in_batches(function: Callable[[Tensor], np.ndarray], rows: Tensor, batch: int = 250) -> np.ndarray:
-    """Apply a function to batches of rows and join the results."""
-    return np.concatenate([function(part) for part in rows.split(batch)])
-
-
 def encode_all(model: VQ, images: np.ndarray) -> Tensor:
     """uint8 images [N,H,W] -> codes int64 [N,P]."""
-    return torch.from_numpy(in_batches(lambda part: model.encode(part).numpy(), to_unit_range(images)))
+    return torch.cat([model.encode(part) for part in to_unit_range(images).split(250)])
 
 
 def psnr_of_images(real: np.ndarray, decoded: np.ndarray) -> np.ndarray:
@@ -272,16 +241,13 @@ def reconstruct_patches(training: np.ndarray, images: np.ndarray, seed: int = 0)
     points = points[torch.randperm(len(points), generator=generator)[:100_000]]
     centres = kmeans(points, PATCH_CODES, generator, rounds=20)
     nearest = torch.cat([centres[torch.cdist(part, centres).argmin(1)] for part in to_patches(images).split(8192)])
-    count, height, width = images.shape
-    grid = nearest.view(count, height // PATCH, width // PATCH, PATCH, PATCH)
-    return grid.permute(0, 1, 3, 2, 4).reshape(images.shape).round().clamp(0, 255).to(torch.uint8).numpy()
+    pixels = F.fold(nearest.view(len(images), -1, PATCH**2).mT, images.shape[1:], PATCH, stride=PATCH)
+    return pixels[:, 0].round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def to_patches(images: np.ndarray) -> Tensor:
-    """uint8 images [N,H,W] -> float32 patches [N*H/G*W/G, G*G], row by row."""
-    count, height, width = images.shape
-    grid = torch.from_numpy(images).view(count, height // PATCH, PATCH, width // PATCH, PATCH)
-    return grid.permute(0, 1, 3, 2, 4).reshape(-1, PATCH * PATCH).float()
+    """uint8 images [N,H,W] -> float32 patches [N*H/G*W/G, G*G] of side G, row by row."""
+    return F.unfold(torch.from_numpy(images)[:, None].float(), PATCH, stride=PATCH).mT.flatten(0, 1)
 
 
 def save_picture(path: Path, real: np.ndarray, decoded: np.ndarray, labels: np.ndarray, zoom: int = 2) -> None:
@@ -295,32 +261,7 @@ def save_picture(path: Path, real: np.ndarray, decoded: np.ndarray, labels: np.n
     write_output(path, png_bytes(Image.fromarray(sheet)))
 
 
-class ClassifierConfig(Frozen):
-    """How to train the feature network of the toy scales."""
-
-    out: Path = Path("cnn-fashion.safetensors")
-    """file to write"""
-    images: Path | None = None
-    """folder of Fashion-MNIST IDX files; without it the embedded subset"""
-    seed: int = 0
-    """seed of weights, shuffling and augmentation"""
-    epochs: int = Field(default=10, ge=1)
-    """passes over the training images"""
-    batch: int = Field(default=250, ge=1)
-    """images per step"""
-    lr: float = Field(default=4e-3, gt=0)
-    """peak learning rate of AdamW"""
-    weight_decay: float = Field(default=0.05, ge=0)
-    """weight decay of AdamW"""
-    dropout: float = Field(default=0.2, ge=0, lt=1)
-    """dropout on the pooled features"""
-    shift: int = Field(default=2, ge=0, le=2)
-    """images move by up to this many pixels either way"""
-    device: str = "cpu"
-    """torch device"""
-
-
-def run_classifier(config: ClassifierConfig, limit: int | None = None) -> float:
+def train_classifier(config: ClassifierConfig, limit: int | None = None) -> float:
     """Train, write the weights to `config.out`, return the accuracy on the embedded validation images.
 
     `limit` keeps the first images only, for a quick check. Raises UserError when the images cannot be read.
@@ -328,27 +269,30 @@ def run_classifier(config: ClassifierConfig, limit: int | None = None) -> float:
     check_replaceable(config.out)
     started = time.monotonic()
     images, labels = load_fashion("train", config.images)
-    network = train_classifier(config, to_unit_range(images[:limit]), torch.from_numpy(labels[:limit].astype(np.int64)))
+    network = fit_classifier(config, to_unit_range(images[:limit]), torch.from_numpy(labels[:limit].astype(np.int64)))
     header = {"config": config.model_dump_json(exclude={"out", "images", "device"}), "format": "orderlab fashion-cnn"}
     save_weights(config.out, network.state_dict(), header)
-    score = accuracy(FashionFeatures(config.out))
-    print(f"accuracy {score:.4f} on the 5,000 embedded validation images · {time.monotonic() - started:.0f} s · {config.out}", flush=True)
-    return score
+    images, labels = load_fashion("validation")
+    accuracy = float((FashionFeatures(config.out)(images).logits.argmax(1) == labels).mean())
+    print(
+        f"accuracy {accuracy:.4f} on the 5,000 embedded validation images · {time.monotonic() - started:.0f} s · {config.out}", flush=True
+    )
+    return accuracy
 
 
-def train_classifier(config: ClassifierConfig, images: Tensor, labels: Tensor) -> FashionCNN:
-    """Fit the network to images [N,1,32,32] in [-1,1] and labels int64 [N]."""
-    device = torch.device(config.device)
+def fit_classifier(config: ClassifierConfig, images: Tensor, labels: Tensor) -> FashionCNN:
+    """The classifier of images [N,1,32,32] in [-1,1] with labels int64 [N]."""
+    device, count = torch.device(config.device), len(images)
     with torch.random.fork_rng(devices=[]):  # module initialisation and dropout know the global stream only
         torch.manual_seed(config.seed)
         network = FashionCNN().to(device, memory_format=torch.channels_last).train()  # pyrefly: ignore[no-matching-overload]
         generator = torch.Generator().manual_seed(config.seed)
         optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        steps = -(-len(images) // config.batch)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.epochs * steps, pct_start=0.2)
+        steps = config.epochs * -(-count // config.batch)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.2)
         for epoch in range(config.epochs):
             total = 0.0
-            for rows in torch.randperm(len(images), generator=generator).split(config.batch):
+            for rows in shuffled(count, 1, config.batch, generator):
                 batch = augment(images[rows], generator, config.shift).to(device, memory_format=torch.channels_last)
                 with torch.autocast(device.type, torch.bfloat16):
                     logits = network(batch, config.dropout)[2]
@@ -358,7 +302,7 @@ def train_classifier(config: ClassifierConfig, images: Tensor, labels: Tensor) -
                 optimizer.step()
                 schedule.step()
                 total += loss.item() * len(rows)
-            print(f"epoch {epoch + 1}/{config.epochs} · loss {total / len(images):.4f}", flush=True)
+            print(f"epoch {epoch + 1}/{config.epochs} · loss {total / count:.4f}", flush=True)
     return network.eval()
 
 
@@ -372,9 +316,3 @@ def augment(images: Tensor, generator: torch.Generator, reach: int) -> Tensor:
     rows = (torch.arange(height) + shift[0]) % height
     columns = (columns + shift[1]) % width
     return images[torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
-
-
-def accuracy(features: FashionFeatures) -> float:
-    """Share of the embedded validation images that the network names right."""
-    images, labels = load_fashion("validation")
-    return float((features(images).logits.argmax(1) == labels).mean())

@@ -1,9 +1,14 @@
-"""AdamW's groups, the learning rate and the moving average of the weights, as functions of images seen."""
+"""How weights move and where they lie: AdamW's groups, the learning rate, the moving average, and one process or many.
+
+A step calls the model and its loss as one module, compiled, then wrapped by DDP or split by FSDP2: logits (1 GB in fp32 at 64
+images and 16,384 codes) never leave it. Compiling in place keeps the names of the state dict, and DDP and FSDP wrap what is
+compiled. Learning rate and decay are functions of images seen.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any
@@ -28,15 +33,11 @@ def adamw(model: nn.Module, config: OptimConfig, rate_scales: Mapping[str, float
         if parameter.requires_grad:
             scale = rate_scales.get(name.split(".")[0], 1.0)
             groups.setdefault((scale, parameter.dim() >= 2), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": scale}
-            for (scale, decays), parameters in groups.items()
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        fused=True,
-    )
+    settings = [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": scale}
+        for (scale, decays), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True)
 
 
 def learning_rate(config: RunConfig, images: int) -> float:
@@ -74,17 +75,14 @@ class MovingAverage(AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Move every weight towards the model's; the first update copies them."""
         updates = int(self.n_averaged)
-        averaged, current = local(list(self.module.parameters())), local(list(model.parameters()))
         share = 1.0 - ema_decay(self.limit, updates, self.steps) if updates else 1.0
-        torch._foreach_lerp_(averaged, current, share)
+        torch._foreach_lerp_(_own_parts(self.module.parameters()), _own_parts(model.parameters()), share)
         self.n_averaged += 1
 
 
-# MERGED FROM training.parallel: From a model and its loss to what a step calls: compiled, then DDP over several processes, or FSDP2 where weights and moments are split. The loss is a part of what is wrapped, so that logits (1 GB in fp32 at 64 images and 16,384 codes) never leave it. The order matters: compiling in place keeps the names of the state dict, and DDP and FSDP wrap what is compiled.
-
-
-def is_sharded(config: RunConfig, here: World) -> bool:
-    return config.sharding == "fsdp" and here.size > 1
+def _own_parts(tensors: Iterable[Any]) -> list[Tensor]:
+    """This process's part of each tensor."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
 
 
 class Loss(nn.Module):
@@ -99,44 +97,41 @@ class Loss(nn.Module):
         return self.loss(self.model, batch)
 
 
+def is_sharded(config: RunConfig, here: World) -> bool:
+    return config.sharding == "fsdp" and here.size > 1
+
+
 def prepare(loss: Loss, ema: AveragedModel | None, config: RunConfig, here: World) -> nn.Module:
     """Compile, then wrap or shard; returns what a step calls. Weights are in place before, the optimizer made after.
 
     One graph of forward pass and loss is the fastest step and takes a minute or more to compile; blocks take seconds. An
     OrderHead keeps records between its passes and compiles by blocks, as does what FSDP splits block by block.
     """
-    model = loss.model
-    if config.compile == "step" and config.task.kind != "order-head" and not is_sharded(config, here):
+    is_order_head = config.task.kind == "order-head"
+    if config.compile != "off":
         torch._dynamo.reset()  # versions compiled for an earlier run in this process count against the limit of this one's
+    if config.compile == "step" and not is_order_head and not is_sharded(config, here):
         torch._dynamo.config.optimize_ddp = False  # one graph, not one for each bucket of gradients
         loss.compile(dynamic=False)
     elif config.compile != "off":
-        torch._dynamo.reset()
-        for layer in getattr(model, "layers", []):
+        for layer in loss.model.layers:
             layer.compile()
     if is_sharded(config, here):
-        shard(model)
-        if ema is not None:
-            shard(ema.module)
-        return loss
-    if here.size == 1:
-        return loss
-    return DistributedDataParallel(
-        loss,
-        device_ids=[here.device.index] if here.device.type == "cuda" else None,
-        # The target table rests in the raster phase of a run that has one, parts of an OrderHead where its schedules say so.
-        find_unused_parameters=config.model.target_embedding or config.task.kind == "order-head",
-        gradient_as_bucket_view=True,  # gradients once in memory, not twice
-    )
+        from torch.distributed.fsdp import fully_shard  # slow to import, and few runs need it
 
-
-def shard(model: Any) -> None:
-    """Split each block, then the rest (embeddings, norm, head), over all processes. fp32 shards: autocast makes the products bf16."""
-    from torch.distributed.fsdp import fully_shard  # slow to import, and few runs need it
-
-    for layer in model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+        models: list[Any] = [loss.model, *([] if ema is None else [ema.module])]
+        for model in models:
+            for part in (*model.layers, model):  # each block, then the rest; fp32 shards, of which autocast makes bf16 products
+                fully_shard(part)
+    elif here.size > 1:
+        return DistributedDataParallel(
+            loss,
+            device_ids=[here.device.index] if here.device.type == "cuda" else None,
+            # The target table rests in the raster phase of a run that has one, parts of an OrderHead where its schedules say so.
+            find_unused_parameters=config.model.target_embedding or is_order_head,
+            gradient_as_bucket_view=True,  # gradients once in memory, not twice
+        )
+    return loss
 
 
 def accumulating(forward: Any, is_last: bool) -> AbstractContextManager[object]:
@@ -149,27 +144,18 @@ def accumulating(forward: Any, is_last: bool) -> AbstractContextManager[object]:
 
 
 def clip(model: nn.Module, limit: float) -> Tensor:
-    """Clip the global gradient norm; returns the norm before, on the device. Parameters without a gradient count for nothing."""
-    trained = [p for p in model.parameters() if p.grad is not None]
-    return whole(nn.utils.clip_grad_norm_(trained, limit)) if trained else _nothing(model)
+    """Clip the global gradient norm; returns the norm before, on the device."""
+    norm = _norm(model)
+    nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return whole(norm)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The global gradient norm, on the device; zero where nothing has a gradient."""
+    """The global gradient norm, on the device. Parameters without a gradient count for nothing."""
+    return whole(_norm(model))
+
+
+def _norm(model: nn.Module) -> Tensor:
+    """Maybe split over processes; zero where nothing has a gradient, on the model's device, as torch's own zero lies on the CPU."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return whole(nn.utils.get_total_norm(gradients)) if gradients else _nothing(model)
-
-
-def _nothing(model: nn.Module) -> Tensor:
-    """The norm of no gradient, on the model's device, where the norms of its other parts are; torch's own lies on the CPU."""
-    return torch.zeros((), device=next(model.parameters()).device)
-
-
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with full tensors on the CPU; every process must ask."""
-    return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
-
-
-def local(tensors: Sequence[Any]) -> list[Tensor]:
-    """This process's part of each tensor."""
-    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=next(model.parameters()).device)

@@ -1,13 +1,17 @@
-"""Training of the oracle: the class of an image from a random subset of its tokens (PatchDrop), never from generated ones.
+"""The oracle in training, and what it then says of tokens: PatchDrop, importance maps, and the clusters they are taken over.
 
-Each global batch keeps one share of the tokens, uniform in [0.1, 1], and each image a random subset of that many: the batch stays
-rectangular, and one forward pass costs what its tokens cost. Cross-entropy on the true class; labels are not dropped.
+Training (the study's Section 6): the class of an image from a random subset of its tokens, never from generated ones. Each global
+batch keeps one share of the tokens, uniform in [0.1, 1], and each image a random subset of that many: the batch stays rectangular,
+and one forward pass costs what its tokens cost. Importance: what each token of an image is worth to the trained oracle, on which
+the OrderHead's scores are regressed. Clusters and maps are functions of image, tokens and weights, computed once and kept.
 """
+
+# N images · V views · B images of one pass · P grid position · K tokens that are shown · G clusters · F features · C codebook width
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,32 +23,226 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderlab.config import OracleTask, RunConfig, UserError
-from orderlab.data.tokens import TokenSet, codebook, computed_once, evenly_spaced, token_sets
+from orderlab.data.tokens import TokenSet, codebook, computed_once, token_sets
 from orderlab.models.oracle import Oracle, load_oracle, oracle_sizes, save_oracle, true_class_probability
 from orderlab.models.weights import weights_hash
 from orderlab.order.perm import in_groups, random_orders, to_grid
-from orderlab.runtime.dist import generator, key, own_device
+from orderlab.runtime.dist import generator, own_device
 from orderlab.runtime.run import RunFolder
-from orderlab.training.objectives import Batch, Objective
+from orderlab.training.objectives import Batch, Objective, summed
 
-# MERGED FROM training.clusters: Which tokens of an image belong together: disjoint clusters of equal size, by what the tokens are and where they lie. Balanced k-means on each image by itself. A token's features are its unit codebook entry and half its place on the grid, each axis from -1 to 1; k-means++ starts it, from a generator of the image's index, and in each of ten rounds an optimal assignment (scipy's) gives every cluster the same number of tokens. The study names such clusters and does not define them: this is ours.
-
-# N images · P grid position · C width of a codebook entry · G clusters · F features
-
-
-Progress = Callable[[int, int], None]
-ROUNDS = 10
-PLACE_WEIGHT = 0.5
-PART = 250  # images between two writes
+SHARES = (0.25, 1.0)  # of the tokens, at which accuracy is reported: val@25 and val@100
+ROUNDS = 10  # of k-means
+PLACE_WEIGHT = 0.5  # of a token's place beside its codebook entry
+IMAGES_PER_PART = 250  # between two writes of clusters
+TOKENS_PER_PASS = 32768
+Mode = Literal["saliency_attn", "oracle"]
+Progress = Callable[[int, int], object]
+"""(done, total), as work goes on."""
 
 
 def silent(done: int, total: int) -> None:
-    """Tells nobody how far it is."""
+    """Tell nobody how far it is."""
 
 
-def stage(progress: Progress, number: int, stages: int) -> Progress:
-    """Progress of one of several stages, told as progress of the whole; each counts as much as another."""
+@dataclass(frozen=True)
+class ShownBatch(Batch):
+    """Whole images, and the positions of each that are shown."""
+
+    tokens_BP: Tensor
+    shown_BK: Tensor
+
+
+class OracleTraining(Objective[Oracle]):
+    """Cross-entropy of the class, mean over images; labels are not dropped."""
+
+    save = staticmethod(save_oracle)
+
+    def build(self, seed: int) -> Oracle:
+        model, codebook_VC = self.config.model, codebook(self.config.data, self.train)
+        sizes = oracle_sizes(self.task, model.grid, codebook_VC.shape[0], model.classes, codebook_VC.shape[1])
+        return Oracle(sizes, codebook_VC, seed, self.train.meta.tokenizer_hash)
+
+    def batch(self, images_seen: int) -> ShownBatch:
+        config, positions = self.config, self.config.model.positions
+        classes_B, tokens_BP = self.train.batch(config.seed, images_seen, config.batch)
+        keyed = generator("patchdrop", config.seed, images_seen)
+        share = self.task.least_kept + (1 - self.task.least_kept) * float(torch.rand((), dtype=torch.float64, generator=keyed))
+        shown_BK = random_orders(config.batch, positions, keyed)[:, : shown_count(share, positions)]
+        return ShownBatch(classes_B, tokens_BP, shown_BK)
+
+    def loss(self, forward: Callable[..., Tensor], batch: ShownBatch) -> Tensor:
+        return F.cross_entropy(forward(batch.tokens_BP, batch.shown_BK), batch.classes_B)
+
+    def validate(self) -> dict[str, float]:
+        """val@25, val@100, and the same on as many evenly spaced training images."""
+        sets, images = {"val": self.validation, "train": self.train}, len(self.validation)
+        return {
+            f"{name}@{100 * share:.0f}": accuracy(self.model, chosen, share, images) for name, chosen in sets.items() for share in SHARES
+        }
+
+
+def shown_count(share: float, positions: int) -> int:
+    """How many of the tokens a share is: at least one."""
+    return max(1, round(share * positions))
+
+
+@torch.no_grad()
+def accuracy(oracle: Oracle, token_set: TokenSet, share: float, images: int | None = None) -> float:
+    """Share of images whose class the oracle names right from a random `share` of their tokens.
+
+    `images` evenly spaced images, all when None; which tokens are shown is drawn once and for all, the same for every oracle.
+    Raises `UserError` for a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"share {share} of the tokens: expected more than 0 and at most 1")
+    device, positions = oracle.codebook.device, oracle.config.positions
+
+    def right(classes_B: Tensor, tokens_BP: Tensor, first: int) -> Tensor:
+        orders_BP = random_orders(len(classes_B), positions, generator("patchdrop-validation", first))
+        shown_BK = orders_BP[:, : shown_count(share, positions)].to(device)
+        return (oracle(tokens_BP, shown_BK).argmax(1) == classes_B).sum()
+
+    total, count = summed(token_set, len(token_set) if images is None else images, device, right)
+    return float(total) / count
+
+
+# --- Importance: what a token is worth ---
+
+
+def importance_maps(oracle_file: Path, token_set: TokenSet, mode: Mode, cls_k: int, cache: Path, progress: Progress = silent) -> np.ndarray:
+    """The maps of a whole token set, read-only float32 [N, views, P] in grid space, computed once and kept under `cache`.
+
+    Mode "saliency_attn" is what [CLS] attends to in the last layer, all tokens shown: mean over heads, in all less than 1. It is
+    the study's bug 4: the values lie around 1 / P and a regression on them has next to nothing to learn. In mode "oracle" the
+    tokens fall into P / `cls_k` disjoint clusters, and each is worth the probability of the true class when its own cluster alone
+    is shown. A map is found again by the oracle's weights, the tokens, the classes, the mode and `cls_k`. Raises `UserError` for
+    an oracle of other tokens, an unknown mode, and a `cls_k` that does not divide the number of tokens.
+    """
+    if mode not in get_args(Mode):
+        raise UserError(f"unknown importance mode '{mode}'; expected one of {', '.join(get_args(Mode))}")
+    oracle = load_oracle(oracle_file)
+    _check_tokens(oracle, token_set, oracle_file)
+    is_clustered, views = mode == "oracle", token_set.tokens.shape[1]
+    groups = cluster_maps(token_set, oracle.codebook, cls_k, cache, _stage(progress, 0, 2)) if is_clustered else None
+    stage = _stage(progress, 1, 2) if is_clustered else progress
+    oracle.to(own_device())
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        indices, chosen = np.repeat(np.arange(start, stop), views), np.tile(np.arange(views), stop - start)
+        classes_B, tokens_BP = (values.to(oracle.codebook.device) for values in token_set.read(indices, chosen))
+        if groups is None:
+            maps_BP = oracle.saliency(tokens_BP)
+        else:
+            group_BP = torch.from_numpy(groups[indices, chosen].astype(np.int64)).to(tokens_BP.device)
+            maps_BP = cluster_map(oracle, tokens_BP, classes_B, group_BP)
+        stage(stop, len(token_set))
+        return maps_BP.cpu().numpy().reshape(stop - start, views, -1)
+
+    digest = f"{weights_hash(oracle.state_dict())}-{token_digest(token_set, has_labels=True)}"
+    name = f"importance-{mode}{f'-{cls_k}' if is_clustered else ''}-{digest}.npy"
+    part = max(1, TOKENS_PER_PASS // (views * oracle.config.positions))
+    return computed_once(Path(cache) / name, token_set.tokens.shape, np.float32, rows, part)
+
+
+def _stage(progress: Progress, number: int, stages: int) -> Progress:
+    """Progress of one of several stages as progress of the whole; each counts as much as another."""
     return lambda done, total: progress(number * total + done, stages * total)
+
+
+def _check_tokens(oracle: Oracle, token_set: TokenSet, file: Path) -> None:
+    """Raise `UserError` where the oracle was trained on tokens of another kind than the set's."""
+    meta, config = token_set.meta, oracle.config
+    if meta.grid != config.grid or meta.vocabulary > config.vocabulary or meta.tokenizer_hash != oracle.tokenizer_hash:
+        kinds = (meta.grid, meta.vocabulary, meta.tokenizer_hash), (config.grid, config.vocabulary, oracle.tokenizer_hash)
+        found, expected = (f"{grid[0]}x{grid[1]} tokens of {codes} codes by tokenizer {name}" for grid, codes, name in kinds)
+        raise UserError(f"{token_set.folder} holds {found}; the oracle {file} reads {expected}: train one on these tokens")
+
+
+def cluster_map(oracle: Oracle, tokens_BP: Tensor, classes_B: Tensor, group_BP: Tensor) -> Tensor:
+    """The true class's probability from a token's own cluster alone: [B, P], at most G values an image.
+
+    `group_BP` numbers each token's cluster 0..G-1; all clusters are of one size.
+    """
+    order_BP, clusters = in_groups(group_BP), int(group_BP.max()) + 1
+    shown_BGK = order_BP.unflatten(1, (clusters, -1))
+    images = tokens_BP.repeat_interleave(clusters, dim=0), classes_B.repeat_interleave(clusters)
+    probability_BG = true_class_probability(oracle, *images, shown_BGK.flatten(0, 1)).view(len(tokens_BP), clusters)
+    return to_grid(probability_BG.repeat_interleave(shown_BGK.shape[2], dim=1), order_BP)
+
+
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """Both maps of a run's validation images (first view): {mode: [N, P]}, beside their tokens [N, P] and classes [N]."""
+
+    config: RunConfig
+    cls_k: int
+    tokens_NP: np.ndarray
+    classes: np.ndarray
+    maps: dict[str, np.ndarray]
+
+
+def measure(run: Path, cls_k: int | None = None, checkpoint: str = "final", progress: Progress = silent) -> Importance:
+    """The importance maps of a trained oracle's validation images; `cls_k` is a quarter of the grid when None.
+
+    They are kept beside the token sets. Raises `UserError` for a folder that holds no trained oracle.
+    """
+    folder = RunFolder(run)
+    config = folder.config()
+    if not isinstance(config.task, OracleTask):
+        raise UserError(f"{run} is a run of {config.recipe}, not of an oracle; train one: orderlab oracle train --scale {config.scale}")
+    _, validation = token_sets(config.data, config.model.grid, folder.cache)
+    size = cls_k if cls_k is not None else max(1, config.model.positions // 4)
+    file = folder.checkpoints / f"{checkpoint}.safetensors"
+    maps = {}
+    for number, mode in enumerate(get_args(Mode)):
+        maps[mode] = importance_maps(file, validation, mode, size, folder.cache, _stage(progress, number, 2))[:, 0]
+    classes_N, tokens_NP = validation.read(np.arange(len(validation)))
+    return Importance(config, size, tokens_NP.numpy(), classes_N.numpy(), maps)
+
+
+def spread(maps_NP: np.ndarray) -> tuple[float, float]:
+    """(std, std / mean) over the positions of an image, mean over images: how far a map is from flat, raw and relative."""
+    maps_NP = np.asarray(maps_NP, dtype=np.float64)
+    std_N = maps_NP.std(axis=1)
+    return float(std_N.mean()), float((std_N / maps_NP.mean(axis=1)).mean())
+
+
+def classes_in_turn(classes_N: np.ndarray, count: int) -> np.ndarray:
+    """`count` images, the first of each class, then the second of each; classes evenly spaced where there are more than `count`."""
+    present = np.unique(classes_N)
+    chosen = present[np.linspace(0, len(present) - 1, min(count, len(present))).round().astype(int)]
+    members = {label: np.flatnonzero(classes_N == label) for label in chosen}
+    turns = [members[label][turn] for turn in range(len(classes_N)) for label in chosen if turn < len(members[label])]
+    return np.asarray(turns[:count])
+
+
+# --- Clusters: which tokens of an image belong together ---
+# Balanced k-means on each image by itself; the study names such clusters and does not define them: this is ours.
+
+
+def cluster_maps(token_set: TokenSet, codebook_VC: Tensor, size: int, cache: Path, progress: Progress = silent) -> np.ndarray:
+    """The cluster of every token of a set, uint16 [N, views, P], clusters of `size` tokens; computed once and kept under `cache`.
+
+    Raises `UserError` where `size` does not divide the number of tokens.
+    """
+    grid, positions, entries_VC = token_set.meta.grid, token_set.tokens.shape[2], codebook_VC.cpu().numpy()
+    if size < 1 or positions % size:
+        raise UserError(
+            f"cls_k {size} does not divide the {positions} tokens of an image; choose a divisor, such as {max(1, positions // 4)}"
+        )
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        tokens_NVP = np.asarray(token_set.tokens[start:stop])
+        groups_NVP = np.empty(tokens_NVP.shape, dtype=np.uint16)
+        for image, view in np.ndindex(tokens_NVP.shape[:2]):
+            features_PF = features(entries_VC[tokens_NVP[image, view]], grid)
+            groups_NVP[image, view] = balanced_clusters(features_PF, positions // size, start + image)
+        progress(stop, len(token_set))
+        return groups_NVP
+
+    name = f"clusters-{size}-{token_digest(token_set)}-{weights_hash({'codebook': codebook_VC})}.npy"
+    return computed_once(Path(cache) / name, token_set.tokens.shape, np.uint16, rows, IMAGES_PER_PART)
 
 
 def features(entries_PC: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -88,33 +286,6 @@ def assign(cost_PG: np.ndarray) -> np.ndarray:
     return linear_sum_assignment(np.repeat(cost_PG, size, axis=1))[1] // size
 
 
-def cluster_maps(token_set: TokenSet, codebook_VC: Tensor, size: int, cache: Path, progress: Progress = silent) -> np.ndarray:
-    """The cluster of every token of a set, uint16 [N, views, P], clusters of `size` tokens; computed once and kept under `cache`.
-
-    Raises `UserError` where `size` does not divide the number of tokens.
-    """
-    meta = token_set.meta
-    positions = meta.grid[0] * meta.grid[1]
-    if size < 1 or positions % size:
-        raise UserError(
-            f"cls_k {size} does not divide the {positions} tokens of an image; choose a divisor, such as {max(1, positions // 4)}"
-        )
-    codebook = codebook_VC.cpu().numpy()
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        tokens_NVP = np.asarray(token_set.tokens[start:stop])
-        groups = [
-            balanced_clusters(features(codebook[tokens_P], meta.grid), positions // size, start + i)
-            for i, tokens_VP in enumerate(tokens_NVP)
-            for tokens_P in tokens_VP
-        ]
-        progress(stop, len(token_set))
-        return np.asarray(groups, dtype=np.uint16).reshape(tokens_NVP.shape)
-
-    name = f"clusters-{size}-{token_digest(token_set)}-{weights_hash({'codebook': codebook_VC})}.npy"
-    return computed_once(Path(cache) / name, token_set.tokens.shape, np.uint16, rows, PART)
-
-
 def token_digest(token_set: TokenSet, has_labels: bool = False) -> str:
     """16 hex digits of a set's tokens, and of its labels as they are read where they matter."""
     digest = hashlib.sha256(repr(token_set.tokens.shape).encode())
@@ -124,202 +295,3 @@ def token_digest(token_set: TokenSet, has_labels: bool = False) -> str:
         labels = np.asarray(token_set.labels, dtype=np.int64)
         digest.update((labels if token_set.class_rows is None else token_set.class_rows[labels]).tobytes())
     return digest.hexdigest()[:16]
-
-
-# MERGED FROM training.importance: What each token of an image is worth to the oracle: the maps that the OrderHead's scores are regressed on (the study's Section 6). `saliency_attn`: what [CLS] attends to in the last layer, all tokens shown. `oracle`: the tokens fall into P / cls_k disjoint clusters, and each is worth the probability of the true class when its own cluster alone is shown. The first is the study's bug 4: attention sums to 1 over the tokens, so its values lie around 1 / P and a regression on them has next to nothing to learn.
-
-# N images · V views · P grid position · B images and views of one pass · G clusters · K tokens of a cluster
-
-
-Mode = Literal["saliency_attn", "oracle"]
-TOKENS_PER_PASS = 32768
-
-
-def importance_maps(oracle_file: Path, token_set: TokenSet, mode: Mode, cls_k: int, cache: Path, progress: Progress = silent) -> np.ndarray:
-    """The maps of a whole token set, read-only float32 [N, views, P] in grid space, computed once and kept under `cache`.
-
-    `cls_k` is the number of tokens in a cluster (mode "oracle" alone). A map is found again by the oracle's weights, the
-    tokens, the classes, the mode and `cls_k`. Raises `UserError` for an oracle of other tokens, an unknown mode, and a
-    `cls_k` that does not divide the number of tokens.
-    """
-    if mode not in get_args(Mode):
-        raise UserError(f"unknown importance mode '{mode}'; expected one of {', '.join(get_args(Mode))}")
-    oracle = load_oracle(oracle_file)
-    check_tokens(oracle, token_set, oracle_file)
-    is_clustered, views = mode == "oracle", token_set.tokens.shape[1]
-    told = stage(progress, 1, 2) if is_clustered else progress
-    groups = cluster_maps(token_set, oracle.codebook, cls_k, cache, stage(progress, 0, 2)) if is_clustered else None
-    oracle.to(own_device())
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        indices, chosen = np.repeat(np.arange(start, stop), views), np.tile(np.arange(views), stop - start)
-        classes_B, tokens_BP = (values.to(oracle.codebook.device) for values in token_set.read(indices, chosen))
-        if groups is None:
-            maps_BP = saliency_map(oracle, tokens_BP)
-        else:
-            group_BP = torch.from_numpy(groups[indices, chosen].astype(np.int64)).to(tokens_BP.device)
-            maps_BP = cluster_map(oracle, tokens_BP, classes_B, group_BP)
-        told(stop, len(token_set))
-        return maps_BP.cpu().numpy().reshape(stop - start, views, -1)
-
-    digest = f"{weights_hash(oracle.state_dict())}-{token_digest(token_set, has_labels=True)}"
-    name = f"importance-{mode}{f'-{cls_k}' if is_clustered else ''}-{digest}.npy"
-    part = max(1, TOKENS_PER_PASS // (views * oracle.config.positions))
-    return computed_once(Path(cache) / name, token_set.tokens.shape, np.float32, rows, part)
-
-
-@torch.no_grad()
-def saliency_map(oracle: Oracle, tokens_BP: Tensor) -> Tensor:
-    """[CLS]'s attention to each token in the last layer, mean over heads, every token shown: [B, P], sums to less than 1."""
-    return oracle.saliency(tokens_BP)
-
-
-def cluster_map(oracle: Oracle, tokens_BP: Tensor, classes_B: Tensor, group_BP: Tensor) -> Tensor:
-    """The true class's probability from a token's own cluster alone: [B, P], at most G values an image.
-
-    `group_BP` numbers each token's cluster 0..G-1; all clusters are of one size.
-    """
-    order_BP, clusters = in_groups(group_BP), int(group_BP.max()) + 1
-    shown_BGK = order_BP.unflatten(1, (clusters, -1))
-    probability_BG = true_class_probability(
-        oracle,
-        tokens_BP.repeat_interleave(clusters, dim=0),
-        classes_B.repeat_interleave(clusters),
-        shown_BGK.flatten(0, 1),
-    ).view(len(tokens_BP), clusters)
-    return to_grid(probability_BG.repeat_interleave(shown_BGK.shape[2], dim=1), order_BP)
-
-
-def spread(maps_NP: np.ndarray) -> tuple[float, float]:
-    """(std, std / mean) over the positions of an image, mean over images: how far a map is from flat, raw and relative."""
-    maps_NP = np.asarray(maps_NP, dtype=np.float64)
-    std_N = maps_NP.std(axis=1)
-    return float(std_N.mean()), float((std_N / maps_NP.mean(axis=1)).mean())
-
-
-def check_tokens(oracle: Oracle, token_set: TokenSet, file: Path) -> None:
-    """Raise `UserError` where the oracle was trained on tokens of another kind than the set's."""
-    meta, config = token_set.meta, oracle.config
-    if meta.grid != config.grid or meta.vocabulary > config.vocabulary or meta.tokenizer_hash != oracle.tokenizer_hash:
-        found, expected = (
-            f"{grid[0]}x{grid[1]} tokens of {vocabulary} codes by tokenizer {name}"
-            for grid, vocabulary, name in (
-                (meta.grid, meta.vocabulary, meta.tokenizer_hash),
-                (config.grid, config.vocabulary, oracle.tokenizer_hash),
-            )
-        )
-        raise UserError(f"{token_set.folder} holds {found}; the oracle {file} reads {expected}: train one on these tokens")
-
-
-@dataclass(frozen=True, eq=False)
-class Importance:
-    """Both maps of a run's validation images (first view): {mode: [N, P]}, beside their tokens [N, P] and classes [N]."""
-
-    config: RunConfig
-    cls_k: int
-    tokens_NP: np.ndarray
-    classes: np.ndarray
-    maps: dict[str, np.ndarray]
-
-
-def measure(run: Path, cls_k: int | None = None, checkpoint: str = "final", progress: Progress = silent) -> Importance:
-    """The importance maps of a trained oracle's validation images; `cls_k` is a quarter of the grid when None.
-
-    They are kept beside the token sets. Raises `UserError` for a folder that holds no trained oracle.
-    """
-    folder = RunFolder(run)
-    config = folder.config()
-    if not isinstance(config.task, OracleTask):
-        raise UserError(f"{run} is a run of {config.recipe}, not of an oracle; train one: orderlab oracle train --scale {config.scale}")
-    cache = folder.cache
-    _, validation = token_sets(config.data, config.model.grid, cache)
-    size = cls_k if cls_k is not None else max(1, config.model.positions // 4)
-    file = folder.checkpoints / f"{checkpoint}.safetensors"
-    maps = {}
-    for number, mode in enumerate(get_args(Mode)):
-        maps[mode] = importance_maps(file, validation, mode, size, cache, stage(progress, number, 2))[:, 0]
-    classes_N, tokens_NP = validation.read(np.arange(len(validation)))
-    return Importance(config, size, tokens_NP.numpy(), classes_N.numpy(), maps)
-
-
-def classes_in_turn(classes_N: np.ndarray, count: int) -> np.ndarray:
-    """`count` images, the first of each class, then the second of each; classes evenly spaced where there are more than `count`."""
-    present = np.unique(classes_N)
-    chosen = present[np.linspace(0, len(present) - 1, min(count, len(present))).round().astype(int)]
-    members = {label: np.flatnonzero(classes_N == label) for label in chosen}
-    turns = [members[label][turn] for turn in range(len(classes_N)) for label in chosen if turn < len(members[label])]
-    return np.asarray(turns[:count])
-
-
-# B batch · P grid position · K tokens that are shown
-
-
-VALIDATION_BATCH = 250
-SHARES = (0.25, 1.0)  # of the tokens, at which accuracy is reported: val@25 and val@100
-
-
-@dataclass(frozen=True)
-class ShownBatch(Batch):
-    """Whole images, and the positions of each that are shown."""
-
-    tokens_BP: Tensor
-    shown_BK: Tensor
-
-
-class OracleTraining(Objective[Oracle]):
-    """Cross-entropy of the class, mean over images."""
-
-    def __init__(self, config: RunConfig, task: OracleTask, train: TokenSet, validation: TokenSet, device: torch.device):
-        super().__init__(config, train, validation)
-        self.task, codebook_VC = task, codebook(config.data, train)
-        sizes = oracle_sizes(task, config.model.grid, codebook_VC.shape[0], config.model.classes, codebook_VC.shape[1])
-        self.model = Oracle(sizes, codebook_VC, key("weights", config.seed), train.meta.tokenizer_hash).to(device)
-
-    def batch(self, images_seen: int) -> ShownBatch:
-        config, positions = self.config, self.config.model.positions
-        classes_B, tokens_BP = self.train.batch(config.seed, images_seen, config.batch)
-        keyed = generator("patchdrop", config.seed, images_seen)
-        share = self.task.least_kept + (1 - self.task.least_kept) * float(torch.rand((), dtype=torch.float64, generator=keyed))
-        shown_BK = random_orders(config.batch, positions, keyed)[:, : shown_count(share, positions)]
-        return ShownBatch(classes_B, tokens_BP, shown_BK)
-
-    def loss(self, forward: Callable[..., Tensor], batch: ShownBatch) -> Tensor:
-        return F.cross_entropy(forward(batch.tokens_BP, batch.shown_BK), batch.classes_B)
-
-    def validate(self) -> dict[str, float]:
-        """val@25, val@100, and the same on as many evenly spaced training images."""
-        count = min(len(self.train), len(self.validation))
-        sets = {"val": (self.validation, len(self.validation)), "train": (self.train, count)}
-        return {
-            f"{name}@{100 * share:.0f}": accuracy(self.model, token_set, share, images)
-            for name, (token_set, images) in sets.items()
-            for share in SHARES
-        }
-
-    def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
-        save_oracle(self.model, file, state, {name: str(value) for name, value in header.items()})
-
-
-def shown_count(share: float, positions: int) -> int:
-    """How many of the tokens a share is: at least one."""
-    return max(1, round(share * positions))
-
-
-@torch.no_grad()
-def accuracy(oracle: Oracle, token_set: TokenSet, share: float, images: int | None = None) -> float:
-    """Share of images whose class the oracle names right from a random `share` of their tokens.
-
-    `images` evenly spaced images, all when None; which tokens are shown is drawn once and for all, the same for every oracle.
-    Raises `UserError` for a share outside (0, 1].
-    """
-    if not 0 < share <= 1:
-        raise UserError(f"share {share} of the tokens: expected more than 0 and at most 1")
-    device, positions, right = oracle.codebook.device, oracle.config.positions, 0
-    chosen = evenly_spaced(len(token_set), len(token_set) if images is None else images)
-    for start in range(0, len(chosen), VALIDATION_BATCH):
-        indices = chosen[start : start + VALIDATION_BATCH]
-        classes_B, tokens_BP = token_set.read(indices)
-        orders_BP = random_orders(len(indices), positions, generator("patchdrop-validation", start))
-        shown_BK = orders_BP[:, : shown_count(share, positions)].to(device)
-        right += int((oracle(tokens_BP.to(device), shown_BK).argmax(1).cpu() == classes_B).sum())
-    return right / len(chosen)

@@ -1,15 +1,16 @@
 """Training a GPT with an OrderHead: the five experiments of the study's Section 6, and ours on an order-agnostic body.
 
 Loss = generation loss through the straight-through split + lambda_cls · oracle loss + lambda_align · alignment loss + score
-penalty; the run's config says which of them count. What is logged of every step tells how the scores and the body fare;
-`evaluate/probes.py` reads it.
+penalty; the run's config says which of them count. Every step is logged: how differentiated the scores are and how the body
+fares; `evaluate/probes.py` reads it and says what went wrong, once.
 """
 
-# B batch · P grid position · T generation step · V codebook · C width of a codebook entry
+# B batch · N images · P grid position · T generation step · V codebook · C width of a codebook entry
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,19 +22,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderlab.config import OracleUse, OrderHeadTask, RunConfig, UserError
-from orderlab.data.tokens import TokenSet, codebook, evenly_spaced
+from orderlab.data.tokens import TokenSet, codebook
 from orderlab.evaluate.likelihood import nll
 from orderlab.evaluate.probes import Diagnosis
 from orderlab.models.order_head import Ordered, OrderedGPT, Split, normalise, split, temperature_at, truth_ratio_at
-from orderlab.models.weights import load_ordered_state, save_model
+from orderlab.models.weights import load_ordered_state
 from orderlab.order.perm import to_grid
-from orderlab.runtime.dist import generator, key
-from orderlab.training.objectives import Batch, Objective
+from orderlab.runtime.dist import World, generator
+from orderlab.runtime.run import RunFolder
+from orderlab.training.objectives import Batch, Objective, checkpoint_of, summed
 from orderlab.training.optim import clip, gradient_norm
 from orderlab.training.oracle import importance_maps
 
-VALIDATION_IMAGES, VALIDATION_BATCH = 2000, 250
+VALIDATION_IMAGES = 2000
 MAPPED_CLASSES = 20  # a record of validation holds the score maps of so many classes
+log = logging.getLogger("orderlab")
 
 
 @dataclass(frozen=True)
@@ -42,26 +45,24 @@ class OrderHeadBatch(Batch):
 
     tokens_BP: Tensor
     temperature: float
-    importance_BP: Tensor | None
-    """The oracle's; None where it does not supervise."""
-    is_truth_B: Tensor | None
-    """Images scored from their own codebook entries; None when no image of the global batch is."""
-    is_learned_B: Tensor | None
-    """Images that take their learned order; None when all do."""
+    importance_BP: Tensor | None  # the oracle's; None where it does not supervise
+    is_truth_B: Tensor | None  # images scored from their own codebook entries; None when no image of the global batch is
+    is_learned_B: Tensor | None  # images that take their learned order; None when all do
 
 
 class OrderHead(Objective[OrderedGPT]):
     """The straight-through objective, and what is measured of it."""
 
     def __init__(self, config: RunConfig, train: TokenSet, validation: TokenSet, device: torch.device, runs: Path):
-        assert isinstance(config.task, OrderHeadTask)
-        super().__init__(config, train, validation)
-        self.task, self.device, self.runs = config.task, device, runs
-        self.rate_scales = {"order_head": config.task.lr_scale}
-        self.model = OrderedGPT(config.model, config.task, seed=key("weights", config.seed), device=device)
-        self.parts: list[dict[str, Tensor]] = []
+        super().__init__(config, train, validation, device, runs)
+        self.rate_scales = {"order_head": self.task.lr_scale}
+        self.diagnosis, self.root = Diagnosis(config, runs), runs
+        self.parts: list[dict[str, Tensor]] = []  # of the step: what each micro-batch gave
         self.norms: dict[str, Tensor] = {}
-        self.diagnosis = Diagnosis(config, runs)
+        self.steps: list[tuple[int, dict[str, Tensor]]] = []  # since the last report
+
+    def build(self, seed: int) -> OrderedGPT:
+        return OrderedGPT(self.config.model, self.task, seed=seed, device=self.device)
 
     @cached_property
     def entries_VC(self) -> Tensor:
@@ -72,24 +73,31 @@ class OrderHead(Objective[OrderedGPT]):
     def importance_NVP(self) -> np.ndarray | None:
         return importance_of(self.task.oracle, self.config, self.train, self.runs) if self.task.oracle else None
 
-    def load_start(self, tensors: dict[str, Tensor], file: Path) -> None:
-        load_ordered_state(self.model, tensors, file)
-
     def batch(self, images_seen: int) -> OrderHeadBatch:
-        config, task, size = self.config, self.task, self.config.batch
+        config, task = self.config, self.task
         classes_B, tokens_BP = self.dropped_classes(images_seen)
-        importance_NVP = self.importance_NVP
-        rows = None if importance_NVP is None else importance_NVP[self.train.draw(config.seed, images_seen, size)]
-        progress = images_seen / config.images
-        truth_ratio = truth_ratio_at(images_seen / task.curriculum_images) if task.curriculum_images else 0.0
+        importance_BP = None
+        if self.importance_NVP is not None:
+            rows_BP = self.importance_NVP[self.train.draw(config.seed, images_seen, config.batch)]
+            importance_BP = torch.from_numpy(np.asarray(rows_BP, dtype=np.float32))
+        truth = truth_ratio_at(images_seen / task.curriculum_images) if task.curriculum_images else 0.0
+        learned = learned_ratio(task, images_seen / config.images)
         return OrderHeadBatch(
             classes_B=classes_B,
             tokens_BP=tokens_BP,
-            temperature=temperature_at(images_seen / task.anneal_images if task.anneal_images else 1.0, *task.temperature),
-            importance_BP=None if rows is None else torch.from_numpy(np.asarray(rows, dtype=np.float32)),
-            is_truth_B=marked(truth_ratio, size, "truth", config.seed, images_seen) if truth_ratio else None,
-            is_learned_B=marked(ratio, size, "learned", config.seed, images_seen) if (ratio := learned_ratio(task, progress)) < 1 else None,
+            temperature=self._temperature(images_seen),
+            importance_BP=importance_BP,
+            is_truth_B=self._marked("truth", truth, images_seen) if truth else None,
+            is_learned_B=self._marked("learned", learned, images_seen) if learned < 1 else None,
         )
+
+    def _temperature(self, images_seen: int) -> float:
+        anneal = self.task.anneal_images
+        return temperature_at(images_seen / anneal if anneal else 1.0, *self.task.temperature)
+
+    def _marked(self, name: str, ratio: float, images_seen: int) -> Tensor:
+        """Bernoulli(ratio) for each image of the global batch."""
+        return torch.rand(self.config.batch, generator=generator(name, self.config.seed, images_seen)) < ratio
 
     def loss(self, forward: Callable[..., Ordered], batch: OrderHeadBatch) -> Tensor:
         task = self.task
@@ -112,7 +120,8 @@ class OrderHead(Objective[OrderedGPT]):
             loss = loss + task.alignment * alignment_loss(out.scores_BP, ce_BT, out.order_BT)
         if task.score_penalty:
             loss = loss + task.score_penalty * out.scores_BP.square().mean()
-        self._note(ce_BT, out)
+        with torch.no_grad():
+            self.parts.append({"ce": ce_BT.mean(), **score_values(out.scores_BP, out.split)})
         return loss
 
     def _cross_entropy(self, batch: OrderHeadBatch, out: Ordered) -> Tensor:
@@ -125,106 +134,70 @@ class OrderHead(Objective[OrderedGPT]):
 
     def clip(self) -> dict[str, Tensor]:
         """The study clips the two together; its Experiment 5 clips the OrderHead alone, and harder."""
-        limit, head_limit = self.config.optim.clip, self.task.clip
-        self.norms = {"gpt_grad_norm": gradient_norm(self.model.gpt), "order_head_grad_norm": gradient_norm(self.model.order_head)}
+        gpt, head, limit, head_limit = self.model.gpt, self.model.order_head, self.config.optim.clip, self.task.clip
+        self.norms = {"gpt_grad_norm": gradient_norm(gpt), "order_head_grad_norm": gradient_norm(head)}
         if head_limit is None:
             return {"grad_norm": clip(self.model, limit), **self.norms}
-        total = torch.linalg.vector_norm(torch.stack([clip(self.model.gpt, limit), clip(self.model.order_head, head_limit)]))
-        return {"grad_norm": total, **self.norms}
+        return {"grad_norm": torch.linalg.vector_norm(torch.stack([clip(gpt, limit), clip(head, head_limit)])), **self.norms}
 
-    @torch.no_grad()
-    def _note(self, ce_BT: Tensor, out: Ordered) -> None:
-        self.parts.append({"ce": ce_BT.mean(), **score_values(out.scores_BP, out.split)})
+    def resume(self, folder: RunFolder) -> None:
+        self.root = folder.root
+        self.diagnosis.remember(folder.records("step"))
+        self.diagnosis.told |= {record["alert"] for record in folder.records("alert")}
 
-    def step_values(self) -> dict[str, Tensor]:
+    def stepped(self, images: int) -> None:
         parts, self.parts = self.parts, []
         values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-        return {**values, **self.norms}
+        self.steps.append((images, {**values, **self.norms}))
 
-    def remember(self, steps: list[dict[str, Any]]) -> None:
-        self.diagnosis.remember(steps)
-
-    def alerts(self, steps: list[dict[str, float]]) -> list[dict[str, Any]]:
-        return self.diagnosis.alerts(steps)
+    def step_records(self, here: World) -> list[dict[str, Any]]:
+        """The values of each step since the last report, mean over processes, and an alert for what they show for the first time."""
+        steps, self.steps = self.steps, []
+        table = torch.stack([torch.stack([value.double() for value in values.values()]) for _, values in steps])
+        rows = here.mean(table).tolist()
+        records = [{"kind": "step", "images": images, **dict(zip(values, row))} for (images, values), row in zip(steps, rows)]
+        alerts = self.diagnosis.alerts(records)
+        for alert in alerts if here.is_main else ():
+            log.warning("%s: %s", self.root, alert["message"])
+        return [*records, *({"kind": "alert", **alert} for alert in alerts)]
 
     def logs(self, images_seen: int) -> dict[str, float]:
-        task, progress = self.task, images_seen / self.config.images
-        return {
-            "temperature": temperature_at(images_seen / task.anneal_images if task.anneal_images else 1.0, *task.temperature),
-            "learned_ratio": learned_ratio(task, progress),
-        }
+        learned = learned_ratio(self.task, images_seen / self.config.images)
+        return {"temperature": self._temperature(images_seen), "learned_ratio": learned}
 
+    @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
         """NLL per token without dropout in the orders the images themselves are given, and in raster; where the scores lie.
 
         NOTE: an order read off the image itself tells of the image, so this is the training loss, no likelihood; that of
         independent drafts is `orderlab nll`'s.
         """
-        maps, unused = (ScoreMaps(self.config.model.positions) for _ in range(2))
-        learned, raster = self._nlls(self.validation, maps)
-        train, _ = self._nlls(self.train, unused)
-        return {"validation_nll": learned, "train_nll": train, "validation_nll_raster": raster, **maps.record()}
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    @torch.inference_mode()
-    def _nlls(self, token_set: TokenSet, maps: ScoreMaps) -> tuple[float, float]:
-        """Per token, over evenly spaced images: (in the learned orders, in raster)."""
-        gpt, target, learned, raster = self.model.gpt, self.model.target, 0.0, 0.0
-        chosen = evenly_spaced(len(token_set), VALIDATION_IMAGES)
-        for start in range(0, len(chosen), VALIDATION_BATCH):
-            classes_B, tokens_BP = (x.to(self.device) for x in token_set.read(chosen[start : start + VALIDATION_BATCH]))
-            states_BPD = self.model.states(classes_B, tokens_BP)
+        def measure(classes_B: Tensor, tokens_BP: Tensor, first: int) -> Tensor:
+            gpt, states_BPD = self.model.gpt, self.model.states(classes_B, tokens_BP)
             scores_BP = self.model.order_head(states_BPD).float()
             groups = split(scores_BP, self.task.first, 1.0)
-            learned += float(nll(gpt, classes_B, tokens_BP, groups.order_BT, target=target).double().sum())
-            raster += float(per_token_ce(gpt.head(states_BPD), tokens_BP).double().sum())
-            maps.add(classes_B, scores_BP, groups)
-        tokens = len(chosen) * self.config.model.positions
-        return learned / tokens, raster / tokens
+            seen.append((classes_B.cpu(), normalise(scores_BP).cpu(), (groups.is_second_BP < 0.5).cpu()))
+            learned = nll(gpt, classes_B, tokens_BP, groups.order_BT, target=self.model.target).double().sum()
+            raster = per_token_ce(gpt.head(states_BPD), tokens_BP).double().sum()
+            return torch.stack([learned, raster, scores_BP.std(1, unbiased=False).sum().double()])
 
-    def export(self, file: Path, header: Mapping[str, object], state: dict[str, Tensor] | None = None) -> None:
-        save_model(self.model, file, state=state, header=header)
-
-
-class ScoreMaps:
-    """Means over images of normalised scores and of first groups, at each position; for the first classes too."""
-
-    def __init__(self, positions: int):
-        self.scores_KP = torch.zeros(MAPPED_CLASSES, positions, dtype=torch.float64)
-        self.first_P = torch.zeros(positions, dtype=torch.float64)
-        self.total_P, self.images_K, self.images, self.std = (
-            torch.zeros(positions, dtype=torch.float64),
-            torch.zeros(MAPPED_CLASSES),
-            0,
-            0.0,
-        )
-
-    def add(self, classes_B: Tensor, scores_BP: Tensor, groups: Split) -> None:
-        normal_BP, classes_B = normalise(scores_BP).double().cpu(), classes_B.cpu()
-        self.total_P += normal_BP.sum(0)
-        self.first_P += (groups.is_second_BP < 0.5).double().cpu().sum(0)
-        self.std += float(scores_BP.std(1, unbiased=False).sum())
-        known_B = classes_B < MAPPED_CLASSES
-        self.scores_KP.index_add_(0, classes_B[known_B], normal_BP[known_B])
-        self.images_K.index_add_(0, classes_B[known_B], torch.ones(int(known_B.sum())))
-        self.images += len(classes_B)
-
-    def record(self) -> dict[str, Any]:
-        seen_K = self.images_K > 0
+        totals, images = summed(self.validation, VALIDATION_IMAGES, self.device, measure)
+        learned, raster, std = totals.tolist()
+        maps = score_maps(*(torch.cat(parts) for parts in zip(*seen)))
+        totals, train_images = summed(self.train, VALIDATION_IMAGES, self.device, measure)
+        positions = self.config.model.positions
         return {
-            "score_std": self.std / self.images,
-            "score_map": rounded(self.total_P / self.images),
-            "first_group_map": rounded(self.first_P / self.images),
-            "class_score_maps": [rounded(row) for row in self.scores_KP[seen_K] / self.images_K[seen_K][:, None]],
+            "validation_nll": learned / (images * positions),
+            "train_nll": totals[0].item() / (train_images * positions),
+            "validation_nll_raster": raster / (images * positions),
+            "score_std": std / images,
+            **maps,
         }
 
-
-def rounded(values: Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]
-
-
-def marked(ratio: float, count: int, name: str, seed: int, images_seen: int) -> Tensor:
-    """Bernoulli(ratio) for each image of the global batch."""
-    return torch.rand(count, generator=generator(name, seed, images_seen)) < ratio
+    def take_start(self, tensors: dict[str, Tensor], file: Path) -> None:
+        load_ordered_state(self.model, tensors, file)
 
 
 def learned_ratio(task: OrderHeadTask, progress: float) -> float:
@@ -275,11 +248,21 @@ def score_values(scores_BP: Tensor, groups: Split) -> dict[str, Tensor]:
     }
 
 
+def score_maps(classes_N: Tensor, scores_NP: Tensor, is_first_NP: Tensor) -> dict[str, Any]:
+    """Means over images of normalised scores and of first groups, at each position; of the scores for the first classes too."""
+    known = [label for label in range(MAPPED_CLASSES) if bool((classes_N == label).any())]
+    return {
+        "score_map": _mean_map(scores_NP),
+        "first_group_map": _mean_map(is_first_NP),
+        "class_score_maps": [_mean_map(scores_NP[classes_N == label]) for label in known],
+    }
+
+
+def _mean_map(values_NP: Tensor) -> list[float]:
+    return [round(value, 4) for value in values_NP.double().mean(0).tolist()]
+
+
 def importance_of(use: OracleUse, config: RunConfig, train: TokenSet, runs: Path) -> np.ndarray:
     """The trained oracle's importance of every token of the training images, [N, views, P]."""
-    file = runs / f"{use.run}@{config.scale}" / f"seed{config.seed}" / "checkpoints" / "final.safetensors"
-    if not file.exists():
-        raise UserError(
-            f"run {config.recipe} learns from {file}, which does not exist; first run: orderlab train {use.run} --scale {config.scale} --seed {config.seed}"
-        )
+    file = checkpoint_of(use.run, "final", config, runs, "learns")
     return importance_maps(file, train, use.mode, use.cls_k, runs / "tokens")

@@ -1,19 +1,20 @@
-"""How fast a run trains: the wall clock of its steps, the share of the device's peak that they reach, its memory, the time left.
+"""How fast a run trains: FLOPs and parameters of each task, and the wall clock of its steps against the device's peak.
 
-The clock runs from one record to the next, and what the steps wait for (the device, batches) is in it. Validation, checkpoints
-and exports are not. FLOPs are those that `cost_tasks` counts. The peak is the vendor's for dense products; a device that is not
-listed here has none, and no share of it.
+FLOPs are counted on the meta device: on the CPU the counter misses attention. The clock runs from one record to the next, and
+what the steps wait for (the device, batches) is in it. Validation, checkpoints and exports are not. The peak is the vendor's for
+dense products; a device that is not listed here has none, and no share of it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from orderlab.config import GPTConfig, MaskedTask, OracleTask, OrderHeadConfig, OrderHeadTask, RunConfig, SampleConfig
@@ -23,31 +24,39 @@ from orderlab.models.order_head import ScoredOrdering
 from orderlab.runtime.dist import World
 from orderlab.sampling.unmask import METHODS, reveal_counts
 
-# MERGED FROM cost_tasks: Parameters and FLOPs of what each task trains and samples, counted on the meta device.
+A100, H100 = {"bf16": 312.0, "fp32": 19.5}, {"bf16": 989.0, "fp32": 67.0}  # fp32 products are not made in TF32
+PEAK_TFLOPS = {
+    "NVIDIA A100-SXM4-40GB": A100,
+    "NVIDIA A100-SXM4-80GB": A100,
+    "NVIDIA A100-PCIE-40GB": A100,
+    "NVIDIA A100 80GB PCIe": A100,
+    "NVIDIA H100 80GB HBM3": H100,
+    "NVIDIA H200": H100,
+}
+"""By the name that CUDA gives a device: its data sheet's dense TFLOP/s in each precision of training."""
 
-# P grid position
+
+def network_flops(network: Callable[..., Any], *inputs: Tensor) -> int:
+    """FLOPs of one pass of any network."""
+    with FlopCounterMode(display=False) as counter:
+        network(*inputs)
+    return counter.get_total_flops()
 
 
 @lru_cache(maxsize=32)
 def forward_flops(config: GPTConfig, slots: int) -> int:
     """FLOPs of one forward pass over one image's first `slots` steps, head included for every slot."""
     with torch.device("meta"):
-        model = GPT(config, device="meta").eval()
-        inputs = torch.zeros(1, dtype=torch.long), torch.zeros(1, slots, dtype=torch.long), torch.zeros(1, slots, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
-            model(*inputs, target=False)
-    return counter.get_total_flops()
+        class_1, steps_1T = torch.zeros(1, dtype=torch.long), torch.zeros(1, slots, dtype=torch.long)
+        return network_flops(GPT(config, device="meta").eval(), class_1, steps_1T, steps_1T)
 
 
 @lru_cache(maxsize=32)
 def masked_flops(config: GPTConfig) -> int:
     """FLOPs of one pass of the masked model over one image, without the head."""
     with torch.device("meta"):
-        model = MaskedModel(config, device="meta").eval()
-        tokens_BP = torch.zeros(1, config.positions, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
-            model.hidden(torch.zeros(1, dtype=torch.long), tokens_BP, torch.ones_like(tokens_BP, dtype=torch.bool))
-    return counter.get_total_flops()
+        class_1, tokens_1P = torch.zeros(1, dtype=torch.long), torch.zeros(1, config.positions, dtype=torch.long)
+        return network_flops(MaskedModel(config, device="meta").eval().hidden, class_1, tokens_1P, tokens_1P == 0)
 
 
 @lru_cache(maxsize=8)
@@ -55,9 +64,8 @@ def order_head(config: OrderHeadConfig) -> tuple[int, int]:
     """(parameters, FLOPs of one forward pass over one image) of an OrderHead."""
     with torch.device("meta"):
         head = ScoredOrdering(config)
-        with FlopCounterMode(display=False) as counter:
-            head(torch.empty(1, config.positions, config.state_dim))
-    return sum(p.numel() for p in head.parameters()), counter.get_total_flops()
+        flops = network_flops(head, torch.empty(1, config.positions, config.state_dim))
+    return sum(p.numel() for p in head.parameters()), flops
 
 
 def oracle_and_image(config: RunConfig, task: OracleTask) -> tuple[Oracle, Tensor, Tensor]:
@@ -67,13 +75,6 @@ def oracle_and_image(config: RunConfig, task: OracleTask) -> tuple[Oracle, Tenso
         oracle = Oracle(oracle_sizes(task, model.grid, model.vocabulary, model.classes))
         tokens_BP = torch.zeros(1, model.positions, dtype=torch.long)
         return oracle, tokens_BP, tokens_BP[:, : round((task.least_kept + 1) / 2 * model.positions)]
-
-
-def network_flops(network: nn.Module, *inputs: Tensor) -> int:
-    """FLOPs of one pass of any network."""
-    with FlopCounterMode(display=False) as counter:
-        network(*inputs)
-    return counter.get_total_flops()
 
 
 def parameters_of(config: RunConfig) -> int:
@@ -90,18 +91,18 @@ def block_parameters(config: GPTConfig) -> int:
 def training_flops(config: RunConfig) -> float:
     """FLOPs an image of training; a backward pass counts twice the forward pass.
 
-    An OrderHead adds its own pass and the raster pass whose states it scores; a
-    frozen body is spared its weights' gradients, and one that learns from the oracle alone is only looked at.
-    Where the last blocks alone are trained, the backward pass stops below them.
+    An OrderHead adds its own pass and the raster pass whose states it scores; a frozen body is spared its weights' gradients,
+    and one that learns from the oracle alone is only looked at. Where the last blocks alone are trained, the backward pass
+    stops below them.
     """
     model, task = config.model, config.task
     if isinstance(task, OracleTask):
         return 3 * network_flops(*oracle_and_image(config, task))
+    head = 2 * model.dim * model.vocabulary * model.positions
     if isinstance(task, MaskedTask):
-        return 3 * (masked_flops(model) + 2 * model.dim * model.vocabulary * model.positions)
+        return 3 * (masked_flops(model) + head)
     forward = forward_flops(model, model.positions)
     if not isinstance(task, OrderHeadTask):
-        head = 2 * model.dim * model.vocabulary * model.positions
         return forward + 2 * (head + (forward - head) * (config.trained_blocks or model.layers) / model.layers)
     second = 1 if not task.has_generation_loss else 2 if task.is_body_frozen else 3
     return (1 + second) * forward + 3 * order_head(task.head)[1]
@@ -113,18 +114,6 @@ def unmasking_flops(model: GPTConfig, config: SampleConfig) -> float:
     counts = reveal_counts(model.positions, steps, METHODS[name])
     asked = sum(model.positions - sum(counts[:step]) for step in range(steps)) if name == "unmask-confidence" else model.positions
     return float(steps * masked_flops(model) + 2 * model.dim * model.vocabulary * asked)
-
-
-A100, H100 = {"bf16": 312.0, "fp32": 19.5}, {"bf16": 989.0, "fp32": 67.0}  # fp32 products are not made in TF32
-PEAK_TFLOPS = {
-    "NVIDIA A100-SXM4-40GB": A100,
-    "NVIDIA A100-SXM4-80GB": A100,
-    "NVIDIA A100-PCIE-40GB": A100,
-    "NVIDIA A100 80GB PCIe": A100,
-    "NVIDIA H100 80GB HBM3": H100,
-    "NVIDIA H200": H100,
-}
-"""By the name that CUDA gives a device: its data sheet's dense TFLOP/s in each precision of training."""
 
 
 class Speed:

@@ -277,7 +277,7 @@ def tokenizer_train(
         dry_run: print the cost; train nothing
     """
     from orderlab.training.fashion import TokenizerConfig
-    from orderlab.training.fashion import run_tokenizer as run
+    from orderlab.training.fashion import train_tokenizer as run
 
     changes = {} if epochs is None else {"epochs": epochs}
     config = validated(TokenizerConfig, {"images": images, "out": out, "grid": grid, "seed": seed, **changes})
@@ -318,7 +318,7 @@ def features_train(images: Path | None = None, out: Path = Path("cnn-fashion.saf
         dry_run: print the cost; train nothing
     """
     from orderlab.training.fashion import ClassifierConfig
-    from orderlab.training.fashion import run_classifier as run
+    from orderlab.training.fashion import train_classifier as run
 
     config = validated(ClassifierConfig, {"images": images, "out": out, "seed": seed})
     if not dry_run:
