@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from orderlab.config import UserError
-from orderlab.study.report import figures
-from orderlab.study.report import pictures as images
+from orderlab.study.report import figures, pictures
 from orderlab.study.report.claims import headline, rank_agreement
-from orderlab.study.report.data import CoverageCurve, Playback, PlaybackOrder, ReportData, Row, Table, Value, quality_columns
+from orderlab.study.report.data import Playback, PlaybackOrder, ReportData, Row, Table, Value, quality_columns
 from orderlab.study.report.figures import css_variables, order_colour, order_key
 from orderlab.study.report.page import build, markdown_text
 
@@ -217,10 +216,10 @@ def test_an_order_has_one_colour_by_any_name() -> None:
 
 
 def test_pictures() -> None:
-    assert images.sample_grid(np.zeros((100, 32, 32), np.uint8)).size == (8 * 34 - 2, 8 * 34 - 2)
-    assert images.sample_grid(np.zeros((4, 256, 256, 3), np.uint8)).size == (130, 130)
-    assert images.data_uri(images.sample_grid(np.zeros((4, 8, 8, 3), np.uint8))).startswith("data:image/webp")
-    assert len(figures._coincident([CoverageCurve("a", [0.1, 0.2]), CoverageCurve("b", [0.1, 0.2]), CoverageCurve("c", [0.1, 0.3])])) == 2
+    assert pictures.sample_grid(np.zeros((100, 32, 32), np.uint8)).size == (8 * 34 - 2, 8 * 34 - 2)
+    assert pictures.sample_grid(np.zeros((4, 256, 256, 3), np.uint8)).size == (130, 130)
+    assert pictures.data_uri(pictures.sample_grid(np.zeros((4, 8, 8, 3), np.uint8))).startswith("data:image/webp")
+    assert figures._coincident({"a": [0.1, 0.2], "b": [0.1, 0.2], "c": [0.1, 0.3]}) == [["a", "b"], ["c"]]
     assert markdown_text("a|b\nc") == "a\\|b c"
 
 
