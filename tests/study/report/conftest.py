@@ -5,17 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from orderlab.study.report.data import (
-    Cost,
-    Phase,
-    Playback,
-    PlaybackOrder,
-    ReportData,
-    Row,
-    RunCurves,
-    Table,
-    Value,
-)
+from orderlab.study.report.data import Cost, Phase, Playback, PlaybackOrder, ReportData, Row, RunCurves, Table, Value
 
 ORDERS = ["raster", "zigzag", "diagonal", "stride-2", "spiral", "column-major", "center-spiral", "reverse", "random"]
 PAPER_FID = [25.40, 25.63, 71.69, 117.58, 128.18, 132.25, 139.79, 153.53, 156.18, 173.08]

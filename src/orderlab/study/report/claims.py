@@ -168,19 +168,19 @@ def takeaways(data: ReportData) -> list[Takeaway]:
     scores = [name for row in rows for name in row.metrics if name.split("-")[0].split(" ")[0] in ("IS", "precision", "recall")]
     metrics = {"distance": [distance], "NLL": [NLL], "score": list(dict.fromkeys(scores))}
     found = []
-    for claim in CLAIMS:
-        for metric in metrics[claim.metric]:
-            values = {row.id: row.nll if metric == NLL else row.metrics.get(metric) for row in rows}
-            numbers = {name: value for name, value in values.items() if value is not None}
-            found.append(claim.test(replace(claim, text=claim.text.format(metric)), numbers, metric))
-    return [takeaway for takeaway in found if takeaway is not None]
+    for claim, metric in [(each, metric) for each in CLAIMS for metric in metrics[each.metric]]:
+        values = {row.id: row.nll if metric == NLL else row.metrics.get(metric) for row in rows}
+        numbers = {name: value for name, value in values.items() if value is not None}
+        measured = [name for name in claim.others if name in numbers]
+        if claim.row in numbers and (measured if claim.test is _better else len(measured) == len(claim.others)):
+            verdict, evidence = claim.test(claim, numbers, metric)
+            found.append(Takeaway(claim.text.format(metric), verdict, evidence))
+    return found
 
 
-def _better(claim: Claim, numbers: Numbers, metric: str) -> Takeaway | None:
+def _better(claim: Claim, numbers: Numbers, metric: str) -> tuple[str, str]:
     """Is the row better than each of the others? One that is clearly better yet is enough to disagree; to agree takes them all."""
     measured = [name for name in claim.others if name in numbers]
-    if claim.row not in numbers or not measured:
-        return None
     row, is_falling = numbers[claim.row], lower_is_better(metric) is not False
     verdicts = [is_lower(difference(row, numbers[name]) if is_falling else difference(numbers[name], row)) for name in measured]
     lowest = min(measured, key=lambda name: numbers[name].value)
@@ -188,7 +188,7 @@ def _better(claim: Claim, numbers: Numbers, metric: str) -> Takeaway | None:
     if len(claim.others) > 1:
         evidence += f"; of {len(claim.others)} rows {len(measured)} were measured, {verdicts.count(AGREE)} of them clearly worse, "
         evidence += "and the best is given"
-    return Takeaway(claim.text, all_of(verdicts + [UNDECIDED] * (len(claim.others) > len(measured))), evidence)
+    return all_of(verdicts + [UNDECIDED] * (len(claim.others) > len(measured))), evidence
 
 
 def margin_of_the_study() -> float:
@@ -198,28 +198,24 @@ def margin_of_the_study() -> float:
     return max(abs(known[order] / known["raster"] - 1) for order in COMPARABLE)
 
 
-def _comparable(claim: Claim, numbers: Numbers, metric: str) -> Takeaway | None:
+def _comparable(claim: Claim, numbers: Numbers, metric: str) -> tuple[str, str]:
     """Equivalence needs a margin: the study's own, as a share of raster's number. Both of its ends must lie outside what the rows allow."""
     named = [claim.row, *claim.others]
-    if not all(name in numbers for name in named):
-        return None
     (own, raster), share = [numbers[name] for name in named], margin_of_the_study()
     ends = [contrast([(1, own), (-1 - share, raster)]), contrast([(1 - share, raster), (-1, own)])]
     evidence = _evidence(numbers, metric, named, difference(own, raster))
     evidence += f"; margin ±{share:.1%} of raster's, the farthest that the study still calls comparable"
-    return Takeaway(claim.text, all_of([is_lower(end) for end in ends]), evidence)
+    return all_of([is_lower(end) for end in ends]), evidence
 
 
-def _matters_less(claim: Claim, numbers: Numbers, metric: str) -> Takeaway | None:
+def _matters_less(claim: Claim, numbers: Numbers, metric: str) -> tuple[str, str]:
     """What the order does to consistent models (own against raster) is less than what inconsistency does to this order (asked against own)."""
     named = [claim.row, *claim.others]
-    if not all(name in numbers for name in named):
-        return None
     own, raster, asked = (numbers[name] for name in named)
     sides = [contrast([(2, own), (-1, asked), (-1, raster)]), difference(raster, asked)]  # |own - raster| < asked - own, either sign
     evidence = _evidence(numbers, metric, named, sides[0], has_difference=False)
     evidence += f"; order {own.value - raster.value:+.2g}, inconsistency {asked.value - own.value:+.2g}"
-    return Takeaway(claim.text, all_of([is_lower(side) for side in sides]), evidence)
+    return all_of([is_lower(side) for side in sides]), evidence
 
 
 def _evidence(numbers: Numbers, metric: str, named: Sequence[str], found: Contrast | None, has_difference: bool = True) -> str:
@@ -236,7 +232,8 @@ class Claim:
     row: str
     others: tuple[str, ...]
     metric: str = "distance"
-    test: Callable[[Claim, Numbers, str], Takeaway | None] = _better
+    test: Callable[[Claim, Numbers, str], tuple[str, str]] = _better
+    """Gives the verdict and the evidence."""
 
 
 RASTER, RAR, FIXED_RASTER = "5-fair/raster-300", "5-fair/rar-300", "3-fixed/raster"
@@ -295,8 +292,6 @@ class RankAgreement:
 
     rho: float
     n: int
-    ours: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -330,9 +325,9 @@ def rank_agreement(table: Table) -> RankAgreement | None:
     """Spearman correlation of our metric and the source's; None with fewer than three rows or a constant column."""
     both = pairs(table)
     ours, source = [a for _, a, _ in both], [b for _, _, b in both]
-    if table.compare is None or len(both) < 3 or len(set(ours)) == 1 or len(set(source)) == 1:
+    if len(both) < 3 or len(set(ours)) == 1 or len(set(source)) == 1:
         return None
-    return RankAgreement(float(spearmanr(ours, source).statistic), len(both), *table.compare)
+    return RankAgreement(float(spearmanr(ours, source).statistic), len(both))
 
 
 def _best_fact(table: Table) -> Fact | None:
@@ -364,9 +359,9 @@ def _best_fact(table: Table) -> Fact | None:
 
 def _agreement_fact(table: Table) -> Fact | None:
     found = rank_agreement(table)
-    if found is None:
+    if found is None or table.compare is None:
         return None
-    return Fact("Ranking against the source", f"ρ = {found.rho:.2f}", f"Spearman, n = {found.n} rows: {found.ours}, {found.source}")
+    return Fact("Ranking against the source", f"ρ = {found.rho:.2f}", f"Spearman, n = {found.n} rows: {', '.join(table.compare)}")
 
 
 def _label_fact(table: Table) -> Fact | None:

@@ -36,18 +36,7 @@ from orderlab.runtime.run import RunFolder, code_version
 from orderlab.sampling.sample import SampleSet, sample_name
 from orderlab.study.catalog import SCALES, TABLES, Row, Scale, Variant, resolve, row_note, shortest_names, variants
 from orderlab.study.report.claims import over_seeds
-from orderlab.study.report.data import (
-    Cost,
-    Phase,
-    Playback,
-    PlaybackOrder,
-    ReportData,
-    RunCurves,
-    Table,
-    Value,
-    printed,
-    with_error,
-)
+from orderlab.study.report.data import Cost, Phase, Playback, PlaybackOrder, ReportData, RunCurves, Table, Value, printed, with_error
 from orderlab.study.report.data import Row as ReportRow
 from orderlab.study.report.pictures import gallery, sample_grid
 
@@ -207,7 +196,7 @@ def read_row(row: Row, runs: Runs, has_samples: bool = True) -> ReportRow:
         metrics=metrics,
         nll=_nll(row, row.likelihood_orders[0], runs) if row.likelihood_orders else None,
         source=row.source.printed(),
-        cost=Cost(scored["steps"], scored.get("seconds_per_image")) if scored else None,
+        cost=Cost(scored.get("steps"), scored.get("seconds_per_image")),
         note="; ".join(note for note in (row_note(row, runs.scale), _agreement(row, runs), failures) if note),
         samples=_images(runs.samples(row), GRID_SAMPLES) if has_samples else None,
         model=f"{row.run}@{row.checkpoint}, target {row.target}",

@@ -58,7 +58,7 @@ class Row:
     metrics: dict[str, Value] = field(default_factory=dict)
     nll: Value | None = None
     source: dict[str, float] = field(default_factory=dict)
-    cost: Cost | None = None
+    cost: Cost = Cost()
     note: str = ""
     samples: np.ndarray | None = None
     model: str = ""
@@ -264,7 +264,7 @@ def quality_columns(table: Table, vocabulary: int | None) -> list[Column]:
 
 def cost_columns(table: Table) -> list[Column]:
     """Forward passes, seconds and images a second of every row; empty when nothing was timed."""
-    costs = [row.cost or Cost() for row in table.rows]
+    costs = [row.cost for row in table.rows]
     seconds = [cost.seconds_per_image for cost in costs]
     columns = {
         ("forward passes", "an image"): ["" if cost.steps is None else f"{cost.steps:,}" for cost in costs],

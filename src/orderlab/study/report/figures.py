@@ -53,31 +53,7 @@ WIDTH = 4.8  # inches; at 72 units an inch the page shows it at its own size on 
 SMALL = 8.5  # points
 DASHED = (0, (3, 2))
 Numbers = Sequence[float] | np.ndarray
-STYLE = {
-    "font.size": 9.5,
-    "font.family": "DejaVu Sans",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "orderlab",
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": RULE,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9.5,
-    "axes.labelsize": 9,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.facecolor": "none",
-    "text.parse_math": False,
-    "path.simplify": False,
-}
+STYLE = mpl.rc_params_from_file(Path(__file__).parent / "templates" / "report.mplstyle", use_default_template=False)
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 THOUSANDS = FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
 SAMPLERS = {"random": "random orders (MAR)", "confidence": "confidence (MaskGIT)", "halton": "Halton"}
@@ -105,12 +81,6 @@ def css_variables(shade: int) -> dict[str, str]:
     return {f"--{name}": pair[shade] for name, pair in named.items()}
 
 
-def themed(svg: str) -> str:
-    """The same SVG with every palette colour replaced by its CSS variable."""
-    by_hex = {colour: name for name, colour in css_variables(0).items()}
-    return re.sub("|".join(by_hex), lambda match: f"var({by_hex[match[0]]})", svg)
-
-
 # ---- Files
 
 
@@ -133,7 +103,9 @@ def svg(figure: Figure, name: str, label: str) -> str:
     text = text.replace(' id="', f' id="{name}-').replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     said = html.escape(label, quote=False).replace('"', "&quot;")
-    return themed(text.replace("<svg", f'<svg class="chart" role="img" aria-label="{said}"', 1))
+    text = text.replace("<svg", f'<svg class="chart" role="img" aria-label="{said}"', 1)
+    by_hex = {colour: variable for variable, colour in css_variables(0).items()}
+    return re.sub("|".join(by_hex), lambda match: f"var({by_hex[match[0]]})", text)
 
 
 def png(figure: Figure) -> bytes:
@@ -153,11 +125,6 @@ def figure_kind(file: Path, flag: str) -> str:
 def save_figure(figure: Figure, file: Path, flag: str, dpi: int = 200, paper: str = PAPER) -> None:
     """Write a figure of its own as .png, .svg or .pdf."""
     write_output(file, _bytes(figure, figure_kind(file, flag), dpi, paper))
-
-
-def save_coverage(curves: dict[str, list[float]], file: Path) -> None:
-    """Write the coverage curves as .png, .svg or .pdf."""
-    save_figure(coverage(curves), file, "--plot", 160, "white")
 
 
 def _bytes(figure: Figure, kind: str, dpi: int, paper: str, metadata: dict[str, None] | None = None) -> bytes:
@@ -205,12 +172,12 @@ def likelihood(table: Table, vocabulary: int | None) -> Figure | None:
         for i, (_, nll) in enumerate(bars):
             if nll.standard_error is not None:
                 axes.errorbar(nll.value, i, xerr=nll.standard_error, color=INK, linewidth=1.0, zorder=3)
-            _say_beside(axes, f"{nll.value:.2f}{' †' if is_above_uniform(nll, vocabulary) else ''}", i, 6)
+            _say(axes, f"{nll.value:.2f}{' †' if is_above_uniform(nll, vocabulary) else ''}", y=i, gap=6)
         _row_axis(axes, [row.label if names.count(row.order) > 1 else row.order for row, _ in bars])
         axes.set_xlim(0, max(*values, line) * 1.04)
         if vocabulary:
             axes.axvline(line, color=INK, linewidth=1.0, linestyle=DASHED, zorder=4)
-            _say_above(axes, f"ln {vocabulary:,} = {line:.2f}", line)
+            _say(axes, f"ln {vocabulary:,} = {line:.2f}", x=line, gap=3)
         axes.set_xlabel("validation NLL, nats a token")
         return figure
 
@@ -239,15 +206,13 @@ def _row_axis(axes: Any, labels: list[str]) -> None:
     axes.hlines(range(count), 0, 1, transform=axes.get_yaxis_transform(), color=RULE, linewidth=0.6, zorder=0)
 
 
-def _say_beside(axes: Any, text: str, y: float, gap: float = 4) -> None:
-    """At the right edge, so many points from it."""
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
-    axes.annotate(text, (1, y), (gap, 0), fontsize=SMALL, **place)
-
-
-def _say_above(axes: Any, text: str, x: float) -> None:
-    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
-    axes.annotate(text, (x, 1), (0, 3), fontsize=SMALL, **place)
+def _say(axes: Any, text: str, x: float | None = None, y: float | None = None, gap: float = 4) -> None:
+    """Above the axes at x, or beside their right edge at y, so many points from it."""
+    if y is None:
+        place, offset, coordinates, align = (x, 1), (0, gap), ("data", "axes fraction"), {"ha": "center"}
+    else:
+        place, offset, coordinates, align = (1, y), (gap, 0), ("axes fraction", "data"), {"va": "center"}
+    axes.annotate(text, place, offset, xycoords=coordinates, textcoords="offset points", fontsize=SMALL, **align)
 
 
 # ---- The charts of runs
@@ -259,7 +224,7 @@ def losses(run: RunCurves, limits: tuple[float, float] | None = None) -> Figure:
         axes = figure.subplots()
         for i, phase in enumerate(run.phases):
             axes.axvspan(phase.start, phase.end, color=MUTED, alpha=0.05 + 0.09 * (i % 2), linewidth=0)
-            _say_above(axes, phase.name, (phase.start + phase.end) / 2)
+            _say(axes, phase.name, x=(phase.start + phase.end) / 2, gap=3)
         trend(axes, run.images_seen, run.train_loss, order_colour(run.order), 1.6, "training")
         if run.validation_nll:
             seen, nll = zip(*run.validation_nll, strict=True)
@@ -268,8 +233,7 @@ def losses(run: RunCurves, limits: tuple[float, float] | None = None) -> Figure:
             axes.set_ylim(*limits)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(THOUSANDS)
-        axes.set_xlabel("images seen")
-        axes.set_ylabel("nats a token")
+        axes.set(xlabel="images seen", ylabel="nats a token")
         axes.legend(loc="upper right", labelcolor=INK)
         return figure
 
@@ -309,12 +273,9 @@ def attention(heads: dict[str, np.ndarray], uniform: float) -> Figure:
             x = np.repeat(np.arange(1, layers + 1) + (i - (len(heads) - 1) / 2) * 0.28, values.shape[1])
             axes.scatter(x, np.sort(values, axis=1).ravel(), s=26, color=colours[name], label=name, alpha=0.85, linewidths=0, zorder=3)
         axes.axhline(uniform, color=INK, linewidth=1.0, linestyle=DASHED, zorder=1)
-        _say_beside(axes, "uniform", uniform)
+        _say(axes, "uniform", y=uniform)
         axes.xaxis.set_major_locator(FixedLocator(list(range(1, layers + 1))))
-        axes.set_xlim(0.5, layers + 0.5)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("layer")
-        axes.set_ylabel("grid cells")
+        axes.set(xlim=(0.5, layers + 0.5), ylim=(0, None), xlabel="layer", ylabel="grid cells")
         figure.legend(loc="outside upper left", ncols=len(heads), labelcolor=INK, handlelength=1.0)
         return figure
 
@@ -329,15 +290,14 @@ def unmasking(curves: dict[str, list[tuple[int, float, float]]], levels: dict[st
             axes.errorbar(steps, values, yerr=errors, color=colours[name], marker="o", markersize=4, linewidth=1.5, label=SAMPLERS[name])
         for name, level in levels.items():
             axes.axhline(level, color=order_colour("raster") if name == "raster" else MUTED, linewidth=1.0, linestyle=DASHED)
-            _say_beside(axes, name, level)
+            _say(axes, name, y=level)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(sorted({point[0] for points in curves.values() for point in points})))
         axes.xaxis.set_major_formatter(PLAIN)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(axis="y", color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.set_xlabel("forward passes an image")
-        axes.set_ylabel(metric)
+        axes.set(xlabel="forward passes an image", ylabel=metric)
         figure.legend(loc="outside lower center", ncols=3, labelcolor=INK, handlelength=1.4)
         return figure
 
@@ -356,10 +316,7 @@ def coverage(curves: dict[str, list[float]]) -> Figure:
                 axes.plot(steps, curves[name], color=order_colour(name), linewidth=1.5, linestyle=dash, dash_capstyle="butt")
         handles = [Line2D([], [], color=order_colour(name), linewidth=2.5, label=name) for name in curves]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, labelcolor=INK, handlelength=1.2)
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=1)
-        axes.set_xlabel("tokens generated")
-        axes.set_ylabel("neighbours already there")
+        axes.set(xlim=(1, None), ylim=(0, None), xlabel="tokens generated", ylabel="neighbours already there")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         return figure
 

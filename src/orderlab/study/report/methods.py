@@ -71,11 +71,11 @@ class Method:
     @property
     def passes(self) -> Cell:
         """Forward passes an image."""
-        return number(self.measured.cost.steps if self.measured.cost else None, "{:,}")
+        return number(self.measured.cost.steps, "{:,}")
 
     @property
     def seconds(self) -> Cell:
-        return number(self.measured.cost.seconds_per_image if self.measured.cost else None, "{:.3g}")
+        return number(self.measured.cost.seconds_per_image, "{:.3g}")
 
 
 def methods_of(table: tuple[tuple[Any, ...], ...], runs: Runs) -> list[tuple[Method, tuple[Any, ...]]]:
@@ -280,8 +280,9 @@ def baselines(runs: Runs) -> Sheet:
         budget = [Cell()] * 4
         if runs.is_trained(run):
             start, before = starting_weights(run, runs)
-            seen = runs.images(run)
-            budget = [words(start), *(number(count, "{:,}") for count in (before, seen, different_images(run, runs) if seen else 0))]
+            seen, config = runs.images(run), runs.folder(run).config()
+            different = len(token_sets(config.data, config.model.grid, runs.root / "tokens")[0]) if seen else 0
+            budget = [words(start), *(number(count, "{:,}") for count in (before, seen, different))]
         ours = [*budget, measured(method.distance), measured(method.measured.nll, 3)]
         rows.append((label, [*ours, words(trained), number(fid, "{:.2f}"), words(note)]))
     intro = "Budgets count every image seen, those before a fine-tune apart, and how many different ones; rows of unequal budget are no fair comparison."
@@ -298,12 +299,6 @@ def starting_weights(run: str, runs: Runs) -> tuple[str, int | None]:
     _, before = starting_weights(start.run, runs)
     seen = runs.config(start.run).phase_ends.get(start.checkpoint, runs.images(start.run))
     return f"{start.run}, {start.checkpoint}", None if before is None else before + seen
-
-
-def different_images(run: str, runs: Runs) -> int:
-    """The size of a finished run's training set."""
-    config = runs.folder(run).config()
-    return len(token_sets(config.data, config.model.grid, runs.root / "tokens")[0])
 
 
 # ---- Context: LlamaGen, random, RAR, MAR

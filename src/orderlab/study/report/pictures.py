@@ -59,12 +59,7 @@ def sample_grid(images: np.ndarray, most: int = GRID_IMAGES) -> Image.Image:
         size = (round(shown.shape[2] * GRID_SIDE / side), round(shown.shape[1] * GRID_SIDE / side))
         shown = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)) for image in shown])
     columns = 10 if len(shown) > 10 and len(shown) % 10 == 0 else max(1, math.ceil(math.sqrt(len(shown))))
-    return _tiled(shown, columns, 2)
-
-
-def strip(images: np.ndarray) -> Image.Image:
-    """All images (uint8) side by side without a gap: the playback cuts them out again."""
-    return _tiled(np.asarray(images), len(images), 0)
+    return tiled(shown, columns, 2)
 
 
 def film(playback: Playback, image: int = 0, frames: int = 6) -> list[Image.Image]:
@@ -104,7 +99,8 @@ def _opaque(images: np.ndarray) -> np.ndarray:
     return np.concatenate([colour, np.full((*colour.shape[:3], 1), 255, np.uint8)], axis=-1)
 
 
-def _tiled(images: np.ndarray, columns: int, gap: int) -> Image.Image:
+def tiled(images: np.ndarray, columns: int, gap: int) -> Image.Image:
+    """Images (uint8) in rows of so many."""
     return Image.fromarray(_joined(_opaque(images), columns, gap))
 
 
