@@ -188,6 +188,6 @@ def test_the_curve_over_steps_needs_two_points(runs: Runs, monkeypatch: pytest.M
 
 
 def test_words_and_numbers() -> None:
-    assert methods.number(float("nan"), "{}") == methods.number(None, "{}") == methods.measured(None) == Cell()
-    assert str(methods.measured(Value(1.234, 0.056, 10))) == "1.23 ± 0.06"
+    assert methods.number(float("nan"), "{}") == methods.number(None, "{}") == methods.scored(None) == Cell()
+    assert str(methods.scored(Value(1.234, 0.056, 10))) == "1.23 ± 0.06"
     assert methods.words("").value is None

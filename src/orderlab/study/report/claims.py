@@ -287,14 +287,6 @@ CLAIMS = (
 
 
 @dataclass(frozen=True)
-class RankAgreement:
-    """Spearman's rank correlation over the n rows that have both numbers."""
-
-    rho: float
-    n: int
-
-
-@dataclass(frozen=True)
 class Fact:
     """One headline number with what it is above it and what it rests on below."""
 
@@ -321,13 +313,13 @@ def pairs(table: Table) -> list[tuple[Row, float, float]]:
     return [(row, a, b) for row, a, b in both if math.isfinite(a) and math.isfinite(b)]
 
 
-def rank_agreement(table: Table) -> RankAgreement | None:
-    """Spearman correlation of our metric and the source's; None with fewer than three rows or a constant column."""
+def rank_agreement(table: Table) -> tuple[float, int] | None:
+    """Spearman's correlation of our metric and the source's, and over how many rows; None below three or with a constant column."""
     both = pairs(table)
     ours, source = [a for _, a, _ in both], [b for _, _, b in both]
     if len(both) < 3 or len(set(ours)) == 1 or len(set(source)) == 1:
         return None
-    return RankAgreement(float(spearmanr(ours, source).statistic), len(both))
+    return float(spearmanr(ours, source).statistic), len(both)
 
 
 def _best_fact(table: Table) -> Fact | None:
@@ -361,7 +353,7 @@ def _agreement_fact(table: Table) -> Fact | None:
     found = rank_agreement(table)
     if found is None or table.compare is None:
         return None
-    return Fact("Ranking against the source", f"ρ = {found.rho:.2f}", f"Spearman, n = {found.n} rows: {', '.join(table.compare)}")
+    return Fact("Ranking against the source", f"ρ = {found[0]:.2f}", f"Spearman, n = {found[1]} rows: {', '.join(table.compare)}")
 
 
 def _label_fact(table: Table) -> Fact | None:

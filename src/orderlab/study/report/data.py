@@ -7,7 +7,7 @@ Page and markdown print the same columns, so that they never differ. A number th
 # P grid position · H, W grid or image height and width
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,6 +191,9 @@ class ReportData:
     commands: list[str] = field(default_factory=list)
 
 
+Values = Sequence[Value | None]
+
+
 @dataclass(frozen=True)
 class Column:
     """A heading, what its numbers are measured on, and one cell a row."""
@@ -278,29 +281,27 @@ def _filled(columns: list[Column]) -> list[Column]:
     return [column for column in columns if any(cell.text for cell in column.cells)]
 
 
-def _column(
-    name: str, group: str, values: list[Value | None] | list[Value], decimals: int, unit: str = "", vocabulary: int | None = None
-) -> Column:
+def _column(name: str, group: str, values: Values, decimals: int, unit: str = "", vocabulary: int | None = None) -> Column:
     """The best number is set apart by what is printed of it; counts that all numbers share stand in the heading."""
     there = [value for value in values if value is not None and math.isfinite(value.value)]
     is_lower = lower_is_better(name)
     best = (min if is_lower else max)((value.value for value in there), default=math.nan)
     best_text = f"{best:.{decimals}f}" if is_lower is not None and len(there) > 1 else None
     counts = {counts_of(value) for value in there}
+    shared = counts if len(counts) == 1 else set()
     cells = []
     for value in values:
         text, error = printed(value, decimals)
-        own = counts_of(value) if value is not None and text and len(counts) > 1 else ""
-        cells.append(
-            Cell(text, error, own, bool(text) and text == best_text, name.startswith("NLL") and is_above_uniform(value, vocabulary))
-        )
-    return Column(name, " · ".join(part for part in (unit, *counts) if part and (part == unit or len(counts) == 1)), group, cells)
+        own = counts_of(value) if value is not None and text and not shared else ""
+        is_marked = name.startswith("NLL") and is_above_uniform(value, vocabulary)
+        cells.append(Cell(text, error, own, bool(text) and text == best_text, is_marked))
+    return Column(name, " · ".join(part for part in (unit, *shared) if part), group, cells)
 
 
-def _decimals(name: str, values: list[Value | None]) -> int:
+def _decimals(name: str, values: Values) -> int:
     """The smallest error keeps one digit, two where its first is a 1."""
-    there = [value.standard_error for value in values if value is not None and is_measured(value)]
-    errors = [error for error in there if error is not None and math.isfinite(error) and error > 0]
+    errors = [value.standard_error or 0 for value in values if value is not None and math.isfinite(value.value)]
+    errors = [error for error in errors if 0 < error < math.inf]
     if errors:
         return min(4, max(1, -math.floor(math.log10(min(errors) / 2))))
     return 3 if name.lower().startswith(("nll", "loss", "training loss", "precision", "recall", "label agreement")) else 2

@@ -21,7 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from orderlab.config import UserError
 from orderlab.runtime.files import write_output
@@ -52,11 +52,10 @@ RANKS = LinearSegmentedColormap.from_list("ranks", ["#12263f", "#25527a", "#3f8a
 WIDTH = 4.8  # inches; at 72 units an inch the page shows it at its own size on a phone and half as large again on a desk
 SMALL = 8.5  # points
 DASHED = (0, (3, 2))
-Numbers = Sequence[float] | np.ndarray
 STYLE = mpl.rc_params_from_file(Path(__file__).parent / "templates" / "report.mplstyle", use_default_template=False)
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
-THOUSANDS = FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
 SAMPLERS = {"random": "random orders (MAR)", "confidence": "confidence (MaskGIT)", "halton": "Halton"}
+
+Numbers = Sequence[float] | np.ndarray
 
 # ---- Colours
 
@@ -189,7 +188,7 @@ def _scale_x(axes: Any, values: Sequence[float]) -> None:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.5, high * 1.5)
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if math.log10(high / low) < 2 else (1.0,)))
-        axes.xaxis.set_major_formatter(PLAIN)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="x", which="minor", length=0)
     else:
@@ -232,10 +231,15 @@ def losses(run: RunCurves, limits: tuple[float, float] | None = None) -> Figure:
         if limits is not None:
             axes.set_ylim(*limits)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(THOUSANDS)
+        axes.xaxis.set_major_formatter(thousands)
         axes.set(xlabel="images seen", ylabel="nats a token")
         axes.legend(loc="upper right", labelcolor=INK)
         return figure
+
+
+def thousands(value: float, _: int) -> str:
+    """A tick's label: 1000 is 1k."""
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
 def loss_limits(runs: list[RunCurves]) -> tuple[float, float] | None:
@@ -293,7 +297,7 @@ def unmasking(curves: dict[str, list[tuple[int, float, float]]], levels: dict[st
             _say(axes, name, y=level)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(sorted({point[0] for points in curves.values() for point in points})))
-        axes.xaxis.set_major_formatter(PLAIN)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(axis="y", color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
@@ -317,7 +321,7 @@ def coverage(curves: dict[str, list[float]]) -> Figure:
         handles = [Line2D([], [], color=order_colour(name), linewidth=2.5, label=name) for name in curves]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, labelcolor=INK, handlelength=1.2)
         axes.set(xlim=(1, None), ylim=(0, None), xlabel="tokens generated", ylabel="neighbours already there")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         return figure
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from orderlab.study.report.collect import Runs, read_row
 from orderlab.study.report.data import Cell, Gallery, Picture, ReportData, Sheet, Value, printed
 from orderlab.study.report.data import Row as Measured
 
+BY_ID = {row.id: row for row in ROWS}
 DRAWS = 256
 CAUSAL = {"raster": "5-fair/raster-300", "RAR": "5-fair/rar-300"}  # in both pictures
 OURS = (("Masked model (ours)", "masked", "", "", "", ""),)  # beside SOURCE_COSTS
@@ -80,8 +81,7 @@ class Method:
 
 def methods_of(table: tuple[tuple[Any, ...], ...], runs: Runs) -> list[tuple[Method, tuple[Any, ...]]]:
     """The methods that a table of the study names, each with the table's line."""
-    rows = {row.id: row for row in ROWS}
-    return [(Method(rows[line[1]], runs), line) for line in table]
+    return [(Method(BY_ID[line[1]], runs), line) for line in table]
 
 
 def with_comparisons(data: ReportData, scale: Scale, root: Path, seed: int) -> ReportData:
@@ -142,7 +142,7 @@ def percent(share: float | None) -> Cell:
     return number(share, "{:.1%}")
 
 
-def measured(value: Value | None, decimals: int = 2) -> Cell:
+def scored(value: Value | None, decimals: int = 2) -> Cell:
     """A value with its error, and for programs all that it rests on."""
     text, error = printed(value, decimals)
     names = ("value", "standard_error", "n", "n_reference", "seeds")
@@ -160,8 +160,8 @@ def glance(runs: Runs) -> Sheet:
         "cost": lambda m, *_: words(complexity(m.row)),
         "passes an image": lambda m, *_: m.passes,
         "seconds an image": lambda m, *_: m.seconds,
-        runs.metric: lambda m, *_: measured(m.distance),
-        "NLL": lambda m, *_: measured(m.measured.nll, 3),
+        runs.metric: lambda m, *_: scored(m.distance),
+        "NLL": lambda m, *_: scored(m.measured.nll, 3),
         "trainable parameters": lambda m, *_: number(trainable_parameters(m), "{:,}"),
         "study: cost": lambda _, cost, size: words(cost),
         "study: FID-5K": lambda m, *_: number(m.row.source.fid, "{:.2f}"),
@@ -258,10 +258,8 @@ def training(runs: Runs) -> Sheet:
 
 def kind_of_step(config: RunConfig) -> str:
     """The bench's name for a run's dearest step: RAR's is that of its random phase."""
-    if isinstance(config.task, MaskedTask):
-        return "masked"
-    if isinstance(config.task, OrderHeadTask):
-        return "order-head"
+    if isinstance(config.task, MaskedTask | OrderHeadTask):
+        return config.task.kind
     if isinstance(config.policy, FixedOrder):
         return "raster"
     return "random, target told" if config.model.target_embedding else "random"
@@ -283,7 +281,7 @@ def baselines(runs: Runs) -> Sheet:
             seen, config = runs.images(run), runs.folder(run).config()
             different = len(token_sets(config.data, config.model.grid, runs.root / "tokens")[0]) if seen else 0
             budget = [words(start), *(number(count, "{:,}") for count in (before, seen, different))]
-        ours = [*budget, measured(method.distance), measured(method.measured.nll, 3)]
+        ours = [*budget, scored(method.distance), scored(method.measured.nll, 3)]
         rows.append((label, [*ours, words(trained), number(fid, "{:.2f}"), words(note)]))
     intro = "Budgets count every image seen, those before a fine-tune apart, and how many different ones; rows of unequal budget are no fair comparison."
     return Sheet("all-baselines", "All baselines and their budgets", intro, headings, rows)
@@ -324,8 +322,8 @@ def matrix(runs: Runs) -> Sheet:
         "inference cost": lambda m: words(complexity(m.row)),
         "passes an image": lambda m: m.passes,
         "seconds an image": lambda m: m.seconds,
-        "NLL, nats a token": lambda m: measured(m.measured.nll, 3),
-        runs.metric: lambda m: measured(m.distance),
+        "NLL, nats a token": lambda m: scored(m.measured.nll, 3),
+        runs.metric: lambda m: scored(m.distance),
     }
     rows = [(name, [cell(method) for method, _ in found]) for name, cell in properties.items()]
     rows += [
@@ -394,33 +392,33 @@ def mean_coverage(orders_BT: Tensor, config: RunConfig, first: int = 0, counts: 
 
 def attention_picture(runs: Runs) -> Picture | None:
     """How far the heads look: mean attention distance of every head, raster beside RAR, in raster order; None until both are trained."""
-    rows = {row.id: row for row in ROWS}
-    probe = {name: partial(probed, Method(rows[row_id], runs)) for name, row_id in CAUSAL.items()}
-    heads = {name: np.asarray(found) for name, of in probe.items() if (found := of("attention_distance")) is not None}
-    if len(heads) < len(CAUSAL):
+    methods = {name: Method(BY_ID[row_id], runs) for name, row_id in CAUSAL.items()}
+    found = {name: probed(method, "attention_distance") for name, method in methods.items()}
+    if None in found.values():
         return None
+    heads = {name: np.asarray(values) for name, values in found.items()}
     said = "; ".join(
         f"{name}: mean {values.mean():.2f}, nearest head {values.min():.2f}, farthest {values.max():.2f}, spread over heads {values.std():.2f}"
         for name, values in heads.items()
     )
+    images, uniform = (probed(methods["raster"], name) for name in ("attention_images", "uniform_distance"))
     caption = (
-        f"Mean attention distance of each head in grid cells, raster order, {probe['raster']('attention_images')} validation images; dashed: a head "
+        f"Mean attention distance of each head in grid cells, raster order, {images} validation images; dashed: a head "
         f"that attends to all tokens so far alike. {said}."
     )
-    return Picture("attention-distance", caption, figures.attention(heads, probe["raster"]("uniform_distance")))
+    return Picture("attention-distance", caption, figures.attention(heads, uniform))
 
 
 def steps_picture(runs: Runs) -> Picture | None:
     """The distance against the number of unmasking steps, sampler by sampler; None below two points."""
     curves: dict[str, list[tuple[int, float, float]]] = {}
-    distances = {row.id: (row, Method(row, runs).distance) for row in ROWS if row.table == "ours-masked" or row.id in CAUSAL.values()}
-    for row, value in distances.values():
-        if row.table == "ours-masked" and value is not None:
+    for row in ROWS:
+        if row.table == "ours-masked" and (value := Method(row, runs).distance) is not None:
             name, _, steps = row.sampler.removeprefix("unmask-").rpartition("-")
             error = math.nan if value.standard_error is None else value.standard_error
             curves.setdefault(name, []).append((int(steps), value.value, error))
     if not any(len(points) > 1 for points in curves.values()):
         return None
-    levels = {name: value.value for name, row_id in CAUSAL.items() if (value := distances[row_id][1]) is not None}
+    levels = {name: value.value for name, row_id in CAUSAL.items() if (value := Method(BY_ID[row_id], runs).distance) is not None}
     caption = f"{runs.metric} of the masked model against forward passes an image, one standard error; dashed: the causal rows of equal budget, one pass of one token each."
     return Picture("unmasking-steps", caption, figures.unmasking(curves, levels, runs.metric))

@@ -28,7 +28,7 @@ from orderlab.data.images import png_bytes
 from orderlab.data.prepare import decode, tokenizer
 from orderlab.runtime.run import RunFolder
 from orderlab.study.report.data import Gallery, Picture, Playback, PlaybackOrder
-from orderlab.study.report.figures import INK, MUTED, RANKS, SMALL, THOUSANDS, WIDTH, drawing, order_colour, trend
+from orderlab.study.report.figures import INK, MUTED, RANKS, SMALL, WIDTH, drawing, order_colour, thousands, trend
 
 GRID_IMAGES = 64
 GRID_SIDE = 64  # pixels: larger images are scaled down in a grid, never in the playback
@@ -176,7 +176,7 @@ def step_panels(steps: list[dict[str, Any]]) -> Figure:
             axes.set_title(title, loc="left", color=INK)
             axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.yaxis.set_major_locator(MaxNLocator(4))
-            axes.xaxis.set_major_formatter(THOUSANDS)
+            axes.xaxis.set_major_formatter(thousands)
         return figure
 
 
