@@ -163,9 +163,10 @@ def coverage(grid: str = "16x16", steps: Count = 32, orders: str = "all", json: 
     values = {name: measure(path(name, height, width), height, width, steps) for name in names}
     expected = expected_random_coverage(height, width, steps)
     if plot is not None:
-        from orderlab.study.report.figures import save_coverage
+        from orderlab.study.report import figures
 
-        save_coverage({name: coverage_curve(path(name, height, width), height, width).tolist() for name in names}, plot)
+        curves = {name: coverage_curve(path(name, height, width), height, width).tolist() for name in names}
+        figures.save_figure(figures.coverage(curves), plot, "--plot", dpi=160, paper="white")
     if json:
         print_json({"grid": [height, width], "steps": steps, "coverage": values, "expected_random": expected})
         return

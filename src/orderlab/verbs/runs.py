@@ -327,7 +327,8 @@ def _draw(found: Importance, values: dict[str, dict[str, float]], images: int, f
     """Clusters, attention on their scale, and attention on its own, over some images."""
     from orderlab.data.fashion import CLASSES
     from orderlab.data.tokens import decode, tokenizer
-    from orderlab.study.report.pictures import MapRow, importance, save_importance
+    from orderlab.study.report.figures import save_figure
+    from orderlab.study.report.pictures import MapRow, importance
     from orderlab.training.oracle import classes_in_turn
 
     chosen = classes_in_turn(found.classes, images)
@@ -341,4 +342,4 @@ def _draw(found: Importance, values: dict[str, dict[str, float]], images: int, f
         MapRow("attention, enlarged", f"× {1 / float(attention.max()):.0f}", attention, float(attention.max())),
     ]
     pictures = decode(tokenizer(found.config.data.tokenizer), found.tokens_NP[chosen], found.config.model.grid)
-    save_importance(importance(pictures, names, rows, found.config.model.grid), file)
+    save_figure(importance(pictures, names, rows, found.config.model.grid), file, "--picture")

@@ -167,7 +167,8 @@ def compare_methods(scale: str = "demo", seed: Seed = 0, runs: Path = RUNS, json
         runs: where run folders lie
         json: print for programs; a cell nobody measured is null
     """
-    from orderlab.study.report.methods import Runs, as_json, as_text, sheets
+    from orderlab.study.report.collect import Runs
+    from orderlab.study.report.methods import as_json, as_text, sheets
 
     found = sheets(Runs(catalog.scale_named(scale), runs, seed))
     if json:

@@ -14,7 +14,7 @@ from orderlab.runtime.run import RunFolder
 from orderlab.sampling.sample import sample_name
 from orderlab.study import catalog
 from orderlab.study.catalog import SCALES, resolve, variants
-from orderlab.study.report.collect import _measured_on, collect
+from orderlab.study.report.collect import Runs, _measured_on, collect
 from orderlab.study.report.data import Value
 from orderlab.study.report.page import build
 
@@ -91,9 +91,9 @@ def test_the_device_is_the_one_that_made_the_images(tmp_path: Path) -> None:
         folder = tmp_path / f"{row.run}@smoke/seed0/samples" / sample_name(own.sample, own.checkpoint)
         folder.mkdir(parents=True)
         (folder / "sample.json").write_text(json.dumps(meta))
-    assert _measured_on(rows[:2], SMOKE, tmp_path, 0) == "images generated on NVIDIA H100 in float32"
+    assert _measured_on(rows[:2], Runs(SMOKE, tmp_path, 0)) == "images generated on NVIDIA H100 in float32"
     said = "images generated on NVIDIA H100 in float32 (2 of 3 rows); device not recorded (1 of 3 rows)"
-    assert _measured_on(rows, SMOKE, tmp_path, 0) == said
+    assert _measured_on(rows, Runs(SMOKE, tmp_path, 0)) == said
 
 
 def test_headline_rows_come_at_four_guidance_scales(tmp_path: Path) -> None:

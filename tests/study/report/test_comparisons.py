@@ -14,9 +14,9 @@ from orderlab.config import OptimConfig
 from orderlab.runtime.console import Console
 from orderlab.study import catalog, reproduce
 from orderlab.study.report import methods
-from orderlab.study.report import methods as context
-from orderlab.study.report.data import Entry, Sheet, Value
-from orderlab.study.report.methods import Method, Runs, as_json, as_text, sheets, with_comparisons
+from orderlab.study.report.collect import Runs
+from orderlab.study.report.data import Cell, Sheet, Value
+from orderlab.study.report.methods import Method, as_json, as_text, sheets, with_comparisons
 
 ROWS = ("5-fair/raster-300", "5-fair/rar-300", "ours-target/random-no-anneal-random", "8-context/mar", "ours-masked/masked-halton-8")
 
@@ -40,9 +40,9 @@ def found(runs: Runs) -> dict[str, Sheet]:
     return {sheet.id: sheet for sheet in sheets(runs)}
 
 
-def cell(sheet: Sheet, row: str, heading: str) -> Entry:
-    entries = next(entries for label, entries in sheet.rows if label.startswith(row))
-    return entries[sheet.headings.index(heading)]
+def cell(sheet: Sheet, row: str, heading: str) -> Cell:
+    cells = next(cells for label, cells in sheet.rows if label.startswith(row))
+    return cells[sheet.headings.index(heading)]
 
 
 def test_measured_methods_are_filled_and_the_others_empty(found: dict[str, Sheet], runs: Runs) -> None:
@@ -54,9 +54,9 @@ def test_measured_methods_are_filled_and_the_others_empty(found: dict[str, Sheet
     assert [cell(glance, label, "passes an image").value for label in ("Raster", "MAR: masked", "Masked model along")] == [64, 64, 8]
     measured = ("passes an image", "seconds an image", "FD-fashion", "NLL", "trainable parameters")
     for label in ("Diagonal", "OrderHead", "Random-order v1"):
-        assert [cell(glance, label, name) for name in measured] == [Entry()] * 5
+        assert [cell(glance, label, name) for name in measured] == [Cell()] * 5
         assert cell(glance, label, "study: FID-5K").text, "the study's number stands in the study's column alone"
-    assert cell(glance, "MAR: masked", "study: FID-5K") == Entry()
+    assert cell(glance, "MAR: masked", "study: FID-5K") == Cell()
     raster, mar = (cell(glance, label, "trainable parameters").value for label in ("Raster 300ep", "MAR: masked"))
     assert mar == raster + runs.scale.model.dim
 
@@ -73,7 +73,7 @@ def test_ambiguity_is_decided_by_the_checkpoints(found: dict[str, Sheet]) -> Non
     assert verdicts["LlamaGen (raster)"].text == "yes (trained in one order)"
     assert verdicts["RAR"].text == "yes (ended in one order)"
     assert verdicts["random, target told (ours)"].text == verdicts["MAR"].text == "no"
-    assert verdicts["LlamaGen (random)"] == Entry()
+    assert verdicts["LlamaGen (random)"] == Cell()
     reach = {name: [e.text for e in entries] for name, entries in matrix.rows}
     assert reach["generated tokens that reach the next"] == ["100.0%", "", "100.0%", "100.0%", "100.0%"]
     assert reach["later tokens that reach it"] == ["0.0%", "", "0.0%", "0.0%", "0.0%"]
@@ -84,23 +84,23 @@ def test_ambiguity_is_decided_by_the_checkpoints(found: dict[str, Sheet]) -> Non
 def test_coverage_is_measured_in_training_and_in_generation(runs: Runs) -> None:
     rows = {row.id: row for row in catalog.ROWS}
     config = runs.config("raster-300")
-    assert context.training_coverage(config, 8) == "19.2%"
-    assert context.generation_coverage(rows["5-fair/raster-300"], config, 8) == pytest.approx(0.192, abs=5e-4)
-    random = float(context.training_coverage(runs.config("random-v1"), 8).rstrip("%"))
+    assert methods.training_coverage(config, 8) == "19.2%"
+    assert methods.generation_coverage(rows["5-fair/raster-300"], config, 8) == pytest.approx(0.192, abs=5e-4)
+    random = float(methods.training_coverage(runs.config("random-v1"), 8).rstrip("%"))
     assert random == pytest.approx(100 * 3.5 / 63, abs=0.6)
-    assert context.training_coverage(runs.config("rar-300"), 8) == f"{random}% → 19.2%"
+    assert methods.training_coverage(runs.config("rar-300"), 8) == f"{random}% → 19.2%"
     masked = runs.config("masked")
-    assert float(context.training_coverage(masked).rstrip("%")) < 35
-    one_by_one, in_eight = (context.generation_coverage(rows[f"ours-masked/masked-random-{steps}"], masked) for steps in (64, 8))
+    assert float(methods.training_coverage(masked).rstrip("%")) < 35
+    one_by_one, in_eight = (methods.generation_coverage(rows[f"ours-masked/masked-random-{steps}"], masked) for steps in (64, 8))
     assert one_by_one == pytest.approx(0.5, abs=0.01)
     assert in_eight < one_by_one  # pyrefly: ignore
-    assert context.generation_coverage(rows["ours-masked/masked-confidence-8"], masked) is None
+    assert methods.generation_coverage(rows["ours-masked/masked-confidence-8"], masked) is None
 
 
 def test_overheads_come_from_the_bench_alone(found: dict[str, Sheet], runs: Runs) -> None:
     before = found["training-cost"]
     assert "nobody has yet" in before.intro
-    assert all(cell(before, label, name) == Entry() for label in ("Raster", "RAR", "OrderHead", "Masked") for name in methods.PARTS)
+    assert all(cell(before, label, name) == Cell() for label in ("Raster", "RAR", "OrderHead", "Masked") for name in methods.PARTS)
     file = runs.root / "bench" / "train-tiny-methods.json"
     file.parent.mkdir()
     steps = {"raster": {"ratio": 1.0}, "random, target told": {"ratio": 1.1, "target": 0.05, "drawing": 0.0004}, "masked": {"ratio": 0.9}}
@@ -118,7 +118,7 @@ def test_budgets_count_what_came_before(found: dict[str, Sheet], runs: Runs) -> 
     sheet = found["all-baselines"]
     headings = ("starting weights", "images seen before", "images seen", "different images")
     assert [cell(sheet, "Raster 300ep", name).text for name in headings] == ["fresh", "0", "640", "200"]
-    assert [cell(sheet, "Raster retrain", name) for name in headings] == [Entry()] * 4
+    assert [cell(sheet, "Raster retrain", name) for name in headings] == [Cell()] * 4
     assert methods.starting_weights("rar-continued", runs) == ("raster-300, final", 640)
     assert methods.starting_weights("orderhead-on-rar150", runs) == ("rar-300, random-end", 320)
     paper = Runs(catalog.SCALES["paper"], runs.root, 0)
@@ -174,20 +174,20 @@ def test_one_method_alone_is_no_comparison(runs: Runs, make_report) -> None:
 
 
 def test_the_curve_over_steps_needs_two_points(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert context.steps_picture(runs) is None
+    assert methods.steps_picture(runs) is None
     values = {8: 3.0, 16: 2.5, 32: 2.0, 64: 1.9}
     monkeypatch.setattr(
         Method,
         "distance",
         property(lambda self: Value(values[int(self.row.sampler.split("-")[-1])], 0.1) if self.row.table == "ours-masked" else None),
     )
-    picture = context.steps_picture(runs)
+    picture = methods.steps_picture(runs)
     assert picture is not None
     lines = [line.get_xydata().tolist() for line in picture.drawing.axes[0].lines if len(line.get_xydata()) == 4]
     assert lines == [[[steps, value] for steps, value in values.items()]] * 3
 
 
 def test_words_and_numbers() -> None:
-    assert methods.number(float("nan"), "{}") == methods.number(None, "{}") == methods.with_error(None) == Entry()
-    assert str(methods.with_error(Value(1.234, 0.056, 10))) == "1.23 ± 0.06"
+    assert methods.number(float("nan"), "{}") == methods.number(None, "{}") == methods.scored(None) == Cell()
+    assert str(methods.scored(Value(1.234, 0.056, 10))) == "1.23 ± 0.06"
     assert methods.words("").value is None

@@ -7,8 +7,8 @@ import pytest
 from matplotlib.colors import Normalize
 
 from orderlab.config import UserError
-from orderlab.study.report.figures import RANKS
-from orderlab.study.report.pictures import MapRow, importance, save_importance, tinted
+from orderlab.study.report.figures import RANKS, save_figure
+from orderlab.study.report.pictures import MapRow, importance, tinted
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
 MAPS = np.random.default_rng(1).random((3, 4))
@@ -47,10 +47,10 @@ def test_one_line_of_images_and_one_a_map(images: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_it_is_written_as_named(tmp_path: Path, kind: str, start: bytes) -> None:
-    save_importance(importance(IMAGES, ["a", "b", "c"], [MapRow("t", "n", MAPS, 1.0)], (2, 2)), tmp_path / f"maps.{kind}")
+    save_figure(importance(IMAGES, ["a", "b", "c"], [MapRow("t", "n", MAPS, 1.0)], (2, 2)), tmp_path / f"maps.{kind}", "--picture")
     assert (tmp_path / f"maps.{kind}").read_bytes().startswith(start)
 
 
 def test_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected a name that ends in \.png, \.svg or \.pdf"):
-        save_importance(importance(IMAGES, ["a", "b", "c"], [], (2, 2)), tmp_path / "maps.txt")
+        save_figure(importance(IMAGES, ["a", "b", "c"], [], (2, 2)), tmp_path / "maps.txt", "--picture")

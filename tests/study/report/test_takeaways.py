@@ -129,7 +129,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         }
         for name, found in pairs.items():
             assert found is not None
-            held[name] += found.low <= 1 <= found.high
+            held[name] += abs(found.value - 1) <= found.half_width
     assert all(366 <= count <= 394 for count in held.values()), held
 
 

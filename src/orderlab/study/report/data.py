@@ -1,8 +1,13 @@
-"""What a report says, as plain frozen records: `collect.py` fills them from run folders and `build.py` prints them.
-A number that was not measured is None and is printed as an empty cell. P grid position · H, W grid or image height and width."""
+"""What a report says, as plain frozen records, and the columns that are printed from them.
+
+`collect.py` and `methods.py` fill the records from run folders, `claims.py` draws conclusions from them and `page.py` prints both.
+Page and markdown print the same columns, so that they never differ. A number that was not measured is None, and its cell is empty.
+"""
+
+# P grid position · H, W grid or image height and width
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +36,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Cost:
-    """What generating one image took: forward passes, seconds, and images a second over the whole run."""
+    """What generating one image took: forward passes, and seconds over the whole run."""
 
     steps: int | None = None
     seconds_per_image: float | None = None
-    images_per_second: float | None = None
     note: str = ""
 
 
@@ -54,7 +58,7 @@ class Row:
     metrics: dict[str, Value] = field(default_factory=dict)
     nll: Value | None = None
     source: dict[str, float] = field(default_factory=dict)
-    cost: Cost | None = None
+    cost: Cost = Cost()
     note: str = ""
     samples: np.ndarray | None = None
     model: str = ""
@@ -94,22 +98,6 @@ class RunCurves:
 
 
 @dataclass(frozen=True, eq=False)
-class OrderPicture:
-    """An order as its rank grid, [H, W]: the step at which each position is generated."""
-
-    name: str
-    rank_HW: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class CoverageCurve:
-    """Neighbour coverage over the first 1, 2, ..., P generated tokens of an order."""
-
-    name: str
-    coverage: list[float]
-
-
-@dataclass(frozen=True, eq=False)
 class PlaybackOrder:
     """Finished images of one order and the position generated at each step: images uint8 [n, h, w] or [n, h, w, 3], order [P]."""
 
@@ -129,31 +117,35 @@ class Playback:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One cell of a sheet: what is printed, and what a program gets; both empty where nothing was measured."""
+class Cell:
+    """What is printed in one cell of a table or sheet; an empty `text` is a missing value."""
 
     text: str = ""
-    value: Any = None
     error: str = ""
     """One standard error, printed beside the text."""
+    counts: str = ""
+    is_best: bool = False
+    is_marked: bool = False
+    value: Any = None
+    """What a program gets in place of the text."""
 
     def __str__(self) -> str:
-        return f"{self.text} ± {self.error}" if self.error else self.text
+        return with_error(self.text, self.error)
 
 
 @dataclass(frozen=True, eq=False)
 class Sheet:
-    """A comparison of methods, words and numbers side by side: a heading a column, a label and its entries a row."""
+    """A comparison of methods, words and numbers side by side: a heading a column, a label and its cells a row."""
 
     id: str
     title: str
     intro: str
     headings: list[str]
-    rows: list[tuple[str, list[Entry]]]
+    rows: list[tuple[str, list[Cell]]]
 
     def has_words(self, column: int) -> bool:
         """Whether a column holds words, and so is set flush left."""
-        return any(isinstance(entries[column].value, str) for _, entries in self.rows)
+        return any(isinstance(cells[column].value, str) for _, cells in self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +179,10 @@ class ReportData:
     device: str
     tables: list[Table] = field(default_factory=list)
     runs: list[RunCurves] = field(default_factory=list)
-    orders: list[OrderPicture] = field(default_factory=list)
-    coverage: list[CoverageCurve] = field(default_factory=list)
+    orders: dict[str, np.ndarray] = field(default_factory=dict)
+    """The rank grid of each order, [H, W]: the step at which each position is generated."""
+    coverage: dict[str, list[float]] = field(default_factory=dict)
+    """Neighbour coverage over the first 1, 2, ..., P generated tokens of each order."""
     playback: Playback | None = None
     sheets: list[Sheet] = field(default_factory=list)
     galleries: list[Gallery] = field(default_factory=list)
@@ -197,18 +191,7 @@ class ReportData:
     commands: list[str] = field(default_factory=list)
 
 
-# MERGED FROM report.tables: Turns the rows of a table into printable columns: which numbers exist, with how many digits, which is best, what is marked. Both templates print the same columns, so the page and the markdown never differ. A missing or non-finite value is an empty cell.
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A printed number; an empty `text` is a missing value."""
-
-    text: str = ""
-    error: str = ""
-    counts: str = ""
-    is_best: bool = False
-    is_marked: bool = False
+Values = Sequence[Value | None]
 
 
 @dataclass(frozen=True)
@@ -219,6 +202,28 @@ class Column:
     detail: str
     group: str
     cells: list[Cell]
+
+
+# ---- One number: how it is printed and which way is better
+
+
+def is_measured(value: Value | None) -> bool:
+    """Whether there is a finite number."""
+    return value is not None and math.isfinite(value.value)
+
+
+def printed(value: Value | None, decimals: int | None = None) -> tuple[str, str]:
+    """A number and its standard error as text: to so many decimals, or to three and two significant digits; empty where missing."""
+    if value is None or not math.isfinite(value.value):
+        return "", ""
+    shapes = (".3g", ".2g") if decimals is None else (f".{decimals}f",) * 2
+    error = value.standard_error
+    return format(value.value, shapes[0]), "" if error is None or not math.isfinite(error) else format(error, shapes[1])
+
+
+def with_error(text: str, error: str) -> str:
+    """A printed number with its printed error."""
+    return f"{text} ± {error}" if error else text
 
 
 def lower_is_better(name: str) -> bool | None:
@@ -241,84 +246,68 @@ def counts_of(value: Value) -> str:
     return " · ".join([*counts, f"{value.seeds} seeds"] if value.seeds > 1 else counts)
 
 
-def _present(value: Value | None) -> Value | None:
-    return value if value is not None and math.isfinite(value.value) else None
-
-
-def _decimals(name: str, values: list[Value]) -> int:
-    errors = [v.standard_error for v in values if v.standard_error is not None and math.isfinite(v.standard_error) and v.standard_error > 0]
-    if errors:  # the smallest error keeps one digit, two where its first is a 1
-        return min(4, max(1, -math.floor(math.log10(min(errors) / 2))))
-    return 3 if name.lower().startswith(("nll", "loss", "training loss", "precision", "recall", "label agreement")) else 2
-
-
-def _best_text(name: str, numbers: list[float], decimals: int) -> str | None:
-    is_lower = lower_is_better(name)
-    if is_lower is None or len(numbers) < 2:
-        return None
-    return f"{(min if is_lower else max)(numbers):.{decimals}f}"
-
-
-def _measured_column(name: str, raw: list[Value | None], marks: list[bool], unit: str = "") -> Column:
-    values = [_present(v) for v in raw]
-    there = [v for v in values if v is not None]
-    decimals = _decimals(name, there)
-    best = _best_text(name, [v.value for v in there], decimals)
-    shared = {counts_of(v) for v in there}
-    is_shared = len(shared) == 1
-    cells = []
-    for value, is_marked in zip(values, marks, strict=True):
-        if value is None:
-            cells.append(Cell())
-            continue
-        text, error = f"{value.value:.{decimals}f}", value.standard_error
-        has_error = error is not None and math.isfinite(error)
-        shown_error = f"{error:.{decimals}f}" if has_error else ""
-        cells.append(Cell(text, shown_error, "" if is_shared else counts_of(value), text == best, is_marked))
-    detail = " · ".join(part for part in (unit, next(iter(shared)) if is_shared else "") if part)
-    return Column(name, detail, "ours", cells)
-
-
-def _source_column(name: str, rows: list[Row]) -> Column:
-    numbers = [row.source.get(name) for row in rows]
-    there = [n for n in numbers if n is not None and math.isfinite(n)]
-    decimals = max(len(repr(float(n)).partition(".")[2]) for n in there)
-    decimals = max(decimals, 2)
-    best = _best_text(name, there, decimals)
-    texts = ["" if n is None or not math.isfinite(n) else f"{n:.{decimals}f}" for n in numbers]
-    return Column(name, "", "source", [Cell(text, is_best=bool(text) and text == best) for text in texts])
-
-
-def _names(rows: list[Row], get: Callable[[Row], dict]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in get(row)))
+# ---- The columns of a table
 
 
 def quality_columns(table: Table, vocabulary: int | None) -> list[Column]:
     """Our metrics, our NLL, then the source's numbers; a column that no row fills is left out."""
     rows = table.rows
-
-    def column(name: str, values: list[Value | None], unit: str = "") -> Column:
-        return _measured_column(name, values, [name.startswith("NLL") and is_above_uniform(value, vocabulary) for value in values], unit)
-
-    columns = [column(name, [row.metrics.get(name) for row in rows]) for name in _names(rows, lambda row: row.metrics)]
-    columns.append(column("NLL", [row.nll for row in rows], "nats/token"))
-    has_number = [name for name in _names(rows, lambda r: r.source) if any(math.isfinite(r.source.get(name, math.nan)) for r in rows)]
-    columns += [_source_column(name, rows) for name in has_number]
-    return [column for column in columns if any(cell.text for cell in column.cells)]
-
-
-def _significant(number: float | None) -> Cell:
-    if number is None or not math.isfinite(number):
-        return Cell()
-    return Cell(f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}")
+    names = dict.fromkeys(name for row in rows for name in row.metrics)
+    ours = {name: [row.metrics.get(name) for row in rows] for name in names} | {"NLL": [row.nll for row in rows]}
+    columns = [
+        _column(name, "ours", values, _decimals(name, values), "nats/token" if name == "NLL" else "", vocabulary)
+        for name, values in ours.items()
+    ]
+    for name in dict.fromkeys(name for row in rows for name in row.source):
+        numbers = [row.source.get(name, math.nan) for row in rows]
+        decimals = max([2, *(len(repr(float(number)).partition(".")[2]) for number in numbers)])
+        columns.append(_column(name, "source", [Value(number) for number in numbers], decimals))
+    return _filled(columns)
 
 
 def cost_columns(table: Table) -> list[Column]:
     """Forward passes, seconds and images a second of every row; empty when nothing was timed."""
-    costs = [row.cost or Cost() for row in table.rows]
-    columns = [
-        Column("forward passes", "an image", "ours", [Cell(f"{c.steps:,}" if c.steps is not None else "") for c in costs]),
-        Column("seconds", "an image", "ours", [_significant(c.seconds_per_image) for c in costs]),
-        Column("images", "a second", "ours", [_significant(c.images_per_second) for c in costs]),
-    ]
+    costs = [row.cost for row in table.rows]
+    seconds = [cost.seconds_per_image for cost in costs]
+    columns = {
+        ("forward passes", "an image"): ["" if cost.steps is None else f"{cost.steps:,}" for cost in costs],
+        ("seconds", "an image"): [_significant(duration) for duration in seconds],
+        ("images", "a second"): [_significant(1 / duration if duration else None) for duration in seconds],
+    }
+    return _filled([Column(name, detail, "ours", [Cell(text) for text in texts]) for (name, detail), texts in columns.items()])
+
+
+def _filled(columns: list[Column]) -> list[Column]:
     return [column for column in columns if any(cell.text for cell in column.cells)]
+
+
+def _column(name: str, group: str, values: Values, decimals: int, unit: str = "", vocabulary: int | None = None) -> Column:
+    """The best number is set apart by what is printed of it; counts that all numbers share stand in the heading."""
+    there = [value for value in values if value is not None and math.isfinite(value.value)]
+    is_lower = lower_is_better(name)
+    best = (min if is_lower else max)((value.value for value in there), default=math.nan)
+    best_text = f"{best:.{decimals}f}" if is_lower is not None and len(there) > 1 else None
+    counts = {counts_of(value) for value in there}
+    shared = counts if len(counts) == 1 else set()
+    cells = []
+    for value in values:
+        text, error = printed(value, decimals)
+        own = counts_of(value) if value is not None and text and not shared else ""
+        is_marked = name.startswith("NLL") and is_above_uniform(value, vocabulary)
+        cells.append(Cell(text, error, own, bool(text) and text == best_text, is_marked))
+    return Column(name, " · ".join(part for part in (unit, *shared) if part), group, cells)
+
+
+def _decimals(name: str, values: Values) -> int:
+    """The smallest error keeps one digit, two where its first is a 1."""
+    errors = [value.standard_error or 0 for value in values if value is not None and math.isfinite(value.value)]
+    errors = [error for error in errors if 0 < error < math.inf]
+    if errors:
+        return min(4, max(1, -math.floor(math.log10(min(errors) / 2))))
+    return 3 if name.lower().startswith(("nll", "loss", "training loss", "precision", "recall", "label agreement")) else 2
+
+
+def _significant(number: float | None) -> str:
+    if number is None or not math.isfinite(number):
+        return ""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
