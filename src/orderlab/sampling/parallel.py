@@ -107,8 +107,8 @@ class Generation:
     def logits(self, slots_BN: Tensor, asked_BN: Tensor, sees_NN: Tensor, limit_B: Tensor, kept: int, scale_steps_BN: Tensor) -> Tensor:
         """Guided logits [B, N, V] of the inputs of a pass; `scale_steps_BN` names the step whose guidance each takes."""
         n = self.branches
-        inputs = (tensor.repeat(n, *[1] * (tensor.dim() - 1)) for tensor in (self.tokens_BT, slots_BN, asked_BN))
-        logits_RNV = self.decoder.logits(*inputs, sees_NN, limit_B.repeat(n), kept)
+        tokens_RT, slots_RN, asked_RN = (tensor.repeat(n, 1) for tensor in (self.tokens_BT, slots_BN, asked_BN))
+        logits_RNV = self.decoder.logits(tokens_RT, slots_RN, asked_RN, sees_NN, limit_B.repeat(n), kept)
         if n == 1:
             return logits_RNV
         conditional_BNV, unconditional_BNV = logits_RNV.chunk(2)
@@ -312,8 +312,9 @@ def inpaint(
     for count in keep_BP.sum(1).unique().tolist():  # images with as many kept tokens go together
         rows = (keep_BP.sum(1) == count).nonzero()[:, 0]
         if count < positions:
-            some = {"seeds": [seeds[row] for row in rows.tolist()], "passes": passes, "schedule": schedule, **options}
-            result_BP[rows] = _filled(model, classes[rows], tokens_BP[rows], keep_BP[rows], count, order_BT[rows], **some)
+            own = [seeds[row] for row in rows.tolist()]
+            images = classes[rows], tokens_BP[rows], keep_BP[rows], order_BT[rows]
+            result_BP[rows] = _filled(model, *images, count, own, passes, schedule, options)
     return result_BP
 
 
@@ -322,13 +323,12 @@ def _filled(
     classes_B: Tensor,
     tokens_BP: Tensor,
     keep_BP: Tensor,
-    kept: int,
     order_BT: Tensor,
-    *,
+    kept: int,
+    seeds: Sequence[int],
     passes: int | None,
     schedule: str,
-    seeds: Sequence[int],
-    **options: Any,
+    options: dict[str, Any],
 ) -> Tensor:
     """`inpaint` where every image keeps as many tokens."""
     kept_first_BT = to_steps(order_BT, in_groups(to_steps((~keep_BP).to(torch.uint8), order_BT)))
