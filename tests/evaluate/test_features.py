@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from orderlab.data.prepare import decode
+from orderlab.data.tokens import decode
 
 from orderlab.config import UserError
 from orderlab.data.fashion import ASSETS, load_fashion

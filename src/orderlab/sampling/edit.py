@@ -22,7 +22,7 @@ from torch import Tensor
 from orderlab.config import Frozen, RunConfig, UserError, reading
 from orderlab.data.fashion import to_unit_range
 from orderlab.data.images import ImageFile, center_crop, open_image, png_bytes
-from orderlab.data.prepare import decode, token_sets, tokenizer
+from orderlab.data.tokens import decode, token_sets, tokenizer
 from orderlab.models.gpt import MaskedModel
 from orderlab.models.order_head import OrderedGPT
 from orderlab.models.vq import VQ

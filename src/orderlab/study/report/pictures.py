@@ -26,7 +26,6 @@ from scipy.ndimage import gaussian_filter
 from orderlab.config import OrderHeadTask, RunConfig
 from orderlab.data.images import png_bytes
 from orderlab.data.tokens import decode, tokenizer
-from orderlab.runtime.files import write_output
 from orderlab.runtime.run import RunFolder
 from orderlab.study.report.data import Gallery, Picture, Playback, PlaybackOrder
 from orderlab.study.report.figures import INK, MUTED, RANKS, SMALL, WIDTH, drawing, order_colour, thousands, trend
