@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_SIDE = 256
-SAMPLERS = r"^(kv-cache|kv-cache-static|kv-cache-plain|full-forward|fast|slow|(semifast|phases|best-of)-[1-9]\d*|unmask-(random|confidence|halton)-[1-9]\d*)$"
-LEARNED, SHUFFLED, PARALLEL = "learned", "shuffled", "parallel"
-PATHLESS = (LEARNED, SHUFFLED, PARALLEL)
-"""Orders that are no path: an OrderHead's, a fresh random one for each image, and a masked model's sets of tokens."""
+SAMPLERS = r"^(kv-cache|kv-cache-static|kv-cache-plain|full-forward|fast|slow|(semifast|phases|best-of|fixed-point|parallel|adaptive)-[1-9]\d*|unmask-(random|confidence|halton)-[1-9]\d*)$"
+LEARNED, SHUFFLED, PARALLEL, LOCALITY = "learned", "shuffled", "parallel", "locality"
+PATHLESS = (LEARNED, SHUFFLED, PARALLEL, LOCALITY)
+"""Orders that are no path: an OrderHead's, a fresh random one for each image, a masked model's sets of tokens, and LPD's groups."""
 EXECUTION_KNOBS = frozenset({"micro_batch", "compile", "sharding", "checkpoint_every"})
 """Knobs of a `RunConfig` that change speed and memory alone: a run may go on with others."""
 PATH_KNOBS = (("data", "folder"), ("data", "tokenizer"), ("start", "file"))
@@ -413,7 +413,13 @@ class SampleConfig(Frozen):
     """Keep the k largest logits; 0 keeps all."""
     top_p: float = Field(1.0, gt=0, le=1)
     sampler: str = "kv-cache"
-    """kv-cache, kv-cache-static, kv-cache-plain, full-forward; best-of-N; fast, slow, semifast-N, phases-N of an OrderHead; unmask-KIND-T."""
+    """kv-cache, kv-cache-static, kv-cache-plain, full-forward; best-of-N; fixed-point-W, parallel-N, adaptive-C; fast, slow, semifast-N, phases-N of an OrderHead; unmask-KIND-T."""
+    draw: Literal["uniform", "gumbel"] = "uniform"
+    """What a token is drawn with: one uniform a step through the inverse CDF, or Gumbel noise of each position and code."""
+    schedule: Literal["uniform", "cosine", "arccos"] = "uniform"
+    """How parallel-N deals out the tokens to its passes."""
+    choose: Literal["confidence", "low-entropy", "high-entropy"] = "confidence"
+    """Which of its candidates adaptive-C generates next."""
     rescore: Literal["likelihood", "oracle"] = "likelihood"
     """What chooses among candidates: their mean log-likelihood, or the oracle's probability of the true class."""
     target: bool | None = None
@@ -431,6 +437,7 @@ class SampleConfig(Frozen):
         if not re.fullmatch(SAMPLERS, sampler):
             raise ValueError(
                 "unknown sampler; expected kv-cache, kv-cache-static, kv-cache-plain, full-forward, fast, slow, semifast-N, phases-N, best-of-N, "
+                "fixed-point-W, parallel-N, adaptive-C, "
                 "unmask-random-T, unmask-confidence-T or unmask-halton-T, N and T at least 1"
             )
         return sampler
@@ -440,6 +447,10 @@ class SampleConfig(Frozen):
         kind = self.method[0].removeprefix("unmask-")
         if self.method[0].startswith("unmask-") and self.order != kind:
             raise ValueError(f"sampler {self.sampler} reveals tokens in its own order, {kind}; order {self.order} does not fit it")
+        if self.method[0].startswith("unmask-") and self.draw != "uniform":
+            raise ValueError(f"sampler {self.sampler} draws with uniforms; draw {self.draw} is for causal models")
+        if self.order == LOCALITY and self.method[0] != "parallel":
+            raise ValueError(f"order {LOCALITY} places the tokens of a pass; sampler parallel-N makes such passes, {self.sampler} does not")
         return self
 
     @property

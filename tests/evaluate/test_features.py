@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from orderlab.data.tokens import decode
 
 from orderlab.config import UserError
 from orderlab.data.fashion import ASSETS, load_fashion
+from orderlab.data.tokens import decode
 from orderlab.evaluate.networks import FASHION_WEIGHTS, FashionCNN, FashionFeatures, Features, concatenate, load_fashion_cnn
 from orderlab.models.vq import PRESETS, load_vq
 from orderlab.training.fashion import encode_all, psnr_of_images

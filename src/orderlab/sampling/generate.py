@@ -18,7 +18,8 @@ from orderlab.models.decode import CachedDecoder, StaticDecoder
 from orderlab.models.gpt import GPT
 from orderlab.models.transformer import Backbone
 from orderlab.order.perm import as_batch, to_grid
-from orderlab.sampling.draw import Watch, check_drawing, draw_tokens, guidance_scales, guide, image_uniforms
+from orderlab.sampling.draw import Watch, check_drawing, guidance_scales, guide
+from orderlab.sampling.noise import Draw, Drawing, Noise
 
 # B batch · R rows (B, or 2B under guidance: conditional, then null class) · P grid position · T generation step · V codebook
 
@@ -27,18 +28,6 @@ SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 CAPTURED_LENGTHS = 4  # a step over a quarter, half, three quarters or all of the cache
 Revise = Callable[[int, Tensor, Tensor], Tensor | None]
 """(t, order_BT, tokens_BT) -> the order from step t on, or None to leave it. The first t tokens, in step space, are drawn."""
-
-
-class Drawing(NamedTuple):
-    """How a token is drawn from logits."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    is_greedy: bool
-
-    def draw(self, logits_BV: Tensor, uniform_B: Tensor, watch: Watch) -> Tensor:
-        return draw_tokens(logits_BV, None if self.is_greedy else uniform_B, self.temperature, self.top_k, self.top_p, watch)
 
 
 @torch.inference_mode()
@@ -53,6 +42,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     greedy: bool = False,
+    draw: Draw = "uniform",
     sampler: Sampler = "kv-cache",
     target: bool | None = None,
     guidance_schedule: Literal["none", "linear", "power-cosine"] = "none",
@@ -63,7 +53,7 @@ def generate(
     `classes` [B] are class indices (the null class is allowed); `order` [P] or [B, P] gives the position of each step;
     `seeds` are B ints, one per image: the same seed gives the same image in any batch. `guidance` is classifier-free
     guidance on raw logits, uncond + s (cond - uncond), off at 1 or less; `top_k` 0 and `top_p` 1 keep everything;
-    `target` feeds the target-aware embedding (None: as the model was configured). "kv-cache" costs one token per step for
+    `draw` is what a token is drawn with (`noise`); `target` feeds the target-aware embedding (None: as the model was configured). "kv-cache" costs one token per step for
     any order: on a GPU it is "kv-cache-static" (fixed shapes, each step the replay of a CUDA graph), elsewhere "kv-cache-plain"
     (the cache grows); "full-forward" recomputes the prefix. All give the same tokens. `revise` is asked before each step
     for the order from there on. No argument is changed. Raises `UserError` for arguments that do not fit the model.
@@ -74,21 +64,20 @@ def generate(
         raise UserError(f"unknown sampler '{sampler}'; expected one of {', '.join(SAMPLERS)}")
     check_drawing(temperature, top_k, top_p)
     classes_B, positions, device = check_images(model, classes, seeds), model.config.positions, model.norm.weight.device
-    uniforms_BT = image_uniforms(seeds, positions).to(device)
+    noise = Noise(Drawing(draw, temperature, top_k, top_p, greedy), seeds, positions, device)
     order_BT = as_batch(order, len(classes_B), positions).to(device, copy=True)
     is_guided = guidance > 1.0
     classes_R = torch.cat([classes_B, torch.full_like(classes_B, model.null_class)]) if is_guided else classes_B
     classes_R, order_RT = classes_R.to(device), order_BT.repeat(2 if is_guided else 1, 1)
     scales = guidance_scales(guidance, guidance_schedule, positions)
-    drawing = Drawing(temperature, top_k, top_p, greedy)
     before = None if revise is None else Revision(revise, order_BT, order_RT)
     with model.evaluating():
         if sampler == "kv-cache-static" or (sampler == "kv-cache" and device.type == "cuda"):
-            loop = static_loop(model, classes_R, order_RT, target, drawing, len(classes_B))
-            tokens_BT = loop.run(model, uniforms_BT, scales, before)
+            loop = static_loop(model, classes_R, order_RT, target, noise)
+            tokens_BT = loop.run(model, noise, scales, before)
         else:
             decoder = (FullForwardDecoder if sampler == "full-forward" else CachedDecoder)(model, classes_R, order_RT, target)
-            tokens_BT = _plain_loop(decoder, uniforms_BT, scales if is_guided else None, drawing, before)
+            tokens_BT = _plain_loop(decoder, order_BT, noise, scales if is_guided else None, before)
     return to_grid(tokens_BT, order_BT).to(torch.as_tensor(order).device)
 
 
@@ -133,10 +122,10 @@ class FullForwardDecoder:
 
 
 def _plain_loop(
-    decoder: CachedDecoder | FullForwardDecoder, uniforms_BT: Tensor, scales: list[float] | None, drawing: Drawing, before: Revision | None
+    decoder: CachedDecoder | FullForwardDecoder, order_BT: Tensor, noise: Noise, scales: list[float] | None, before: Revision | None
 ) -> Tensor:
     """Step through one generation: tokens [B, T] in step space. `scales` is None without guidance."""
-    tokens_BT = torch.zeros_like(uniforms_BT, dtype=torch.long)
+    tokens_BT, steps_BT = torch.zeros_like(order_BT), torch.arange(order_BT.shape[1], device=order_BT.device).expand_as(order_BT)
     tokens_R, watch = None, Watch(len(tokens_BT), tokens_BT.device)
     for t in range(tokens_BT.shape[1]):
         if before is not None:
@@ -144,7 +133,8 @@ def _plain_loop(
         logits_BV = decoder.step(tokens_R)
         if scales is not None:
             logits_BV = guide(*logits_BV.chunk(2), scale=scales[t])
-        tokens_BT[:, t] = tokens_B = drawing.draw(logits_BV, uniforms_BT[:, t], watch)
+        at = slice(t, t + 1)
+        tokens_BT[:, t] = tokens_B = noise.draw(logits_BV[:, None], steps_BT[:, at], order_BT[:, at], watch)[:, 0]
         tokens_R = tokens_B if scales is None else tokens_B.repeat(2)
     watch.check()
     return tokens_BT
@@ -156,22 +146,22 @@ class StaticLoop:
     One graph is captured for each of a few lengths of the cache. Elsewhere than on a GPU the step runs as it is.
     """
 
-    def __init__(self, model: GPT, rows: int, images: int, target: bool | None, drawing: Drawing):
-        self.decoder, self.drawing, self.is_guided = StaticDecoder(model, rows, target), drawing, rows > images
+    def __init__(self, model: GPT, rows: int, target: bool | None, noise: Noise):
+        images = len(noise.seeds_B)
+        self.decoder, self.noise, self.is_guided = StaticDecoder(model, rows, target), noise, rows > images
         self.positions, device = model.config.positions, model.norm.weight.device
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens_BT = self.slot.new_zeros(images, self.positions)
         self.tokens_R = self.slot.new_zeros(rows)
-        self.uniforms_BT = torch.zeros(images, self.positions, dtype=torch.float64, device=device)
         self.scales_T = torch.zeros(self.positions, dtype=model.rope_dtype, device=device)
         self.watch = Watch(images, device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def run(self, model: GPT, uniforms_BT: Tensor, scales: list[float], before: Revision | None = None) -> Tensor:
+    def run(self, model: GPT, noise: Noise, scales: list[float], before: Revision | None = None) -> Tensor:
         """One generation: tokens [B, T] in step space. The decoder has begun it."""
         if self.slot.is_cuda and not self.graphs:
             self._capture(model)
-        self.uniforms_BT.copy_(uniforms_BT)
+        self.noise.copy_(noise)
         self.scales_T.copy_(torch.tensor(scales))
         self.watch.reset()
         self.slot.zero_()
@@ -192,7 +182,8 @@ class StaticLoop:
         logits_BV = self.decoder.step(model, self.tokens_R, self.slot, live)
         if self.is_guided:
             logits_BV = guide(*logits_BV.chunk(2), scale=self.scales_T.index_select(0, self.slot))
-        tokens_B = self.drawing.draw(logits_BV, self.uniforms_BT.index_select(1, self.slot)[:, 0], self.watch)
+        position_B1 = self.decoder.order_RT[: len(self.tokens_BT)].index_select(1, self.slot)
+        tokens_B = self.noise.draw(logits_BV[:, None], self.slot.expand_as(position_B1), position_B1, self.watch)[:, 0]
         self.tokens_BT.index_copy_(1, self.slot, tokens_B[:, None])
         self.tokens_R.copy_(tokens_B.repeat(2) if self.is_guided else tokens_B)
         self.slot += 1
@@ -221,13 +212,13 @@ class StaticLoop:
 _loops: WeakKeyDictionary[GPT, tuple[object, StaticLoop]] = WeakKeyDictionary()
 
 
-def static_loop(model: GPT, classes_R: Tensor, order_RT: Tensor, target: bool | None, drawing: Drawing, images: int) -> StaticLoop:
+def static_loop(model: GPT, classes_R: Tensor, order_RT: Tensor, target: bool | None, noise: Noise) -> StaticLoop:
     """The model's loop for so many rows, begun: the last one where it fits, for its graphs and its cache serve every batch."""
     weights = tuple((weight.data_ptr(), weight.dtype) for weight in model.parameters())  # a graph reads these very addresses
-    key = (len(classes_R), images, target, drawing, weights)
+    key = (len(classes_R), len(noise.seeds_B), target, noise.drawing, weights)
     if model not in _loops or _loops[model][0] != key:
         _loops.pop(model, None)  # its memory goes before the next one's comes
-        _loops[model] = key, StaticLoop(model, len(classes_R), images, target, drawing)
+        _loops[model] = key, StaticLoop(model, len(classes_R), target, noise)
     loop = _loops[model][1]
     loop.decoder.begin(model, classes_R, order_RT)
     return loop

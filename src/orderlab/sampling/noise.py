@@ -11,6 +11,7 @@ through the inverse CDF, where a shift in the mass of one code moves every code 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from torch import Tensor
 from orderlab.config import UserError
 from orderlab.order.perm import to_steps
 from orderlab.sampling.draw import Watch, draw_tokens, image_uniforms, keep_top
-from orderlab.sampling.generate import Drawing
 
-DRAWS = ("uniform", "gumbel")
+Draw = Literal["uniform", "gumbel"]
+DRAWS: tuple[Draw, ...] = get_args(Draw)
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIXERS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
@@ -40,24 +41,41 @@ def gumbel_noise(seeds_B: Tensor, positions_BN: Tensor, vocabulary: int) -> Tens
     return -((bits_BNV.double() + 0.5) * 2.0**-53).log_().neg_().log_()
 
 
-class Noise:
-    """The randomness of a batch, and the token it draws from logits at any step."""
+class Drawing(NamedTuple):
+    """How a token is drawn from logits."""
 
-    def __init__(self, draw: str, seeds: Sequence[int], positions: int, device: torch.device, drawing: Drawing):
-        if draw not in DRAWS:
-            raise UserError(f"unknown draw '{draw}'; expected one of {', '.join(DRAWS)}")
+    draw: str
+    temperature: float
+    top_k: int
+    top_p: float
+    is_greedy: bool
+
+
+class Noise:
+    """The randomness of a batch, and the tokens it draws from logits at any steps."""
+
+    def __init__(self, drawing: Drawing, seeds: Sequence[int], positions: int, device: torch.device):
+        if drawing.draw not in DRAWS:
+            raise UserError(f"unknown draw '{drawing.draw}'; expected one of {', '.join(DRAWS)}")
         self.drawing = drawing
-        self.uniforms_BT = image_uniforms(seeds, positions).to(device) if draw == "uniform" else None
         self.seeds_B = torch.tensor([int(seed) % 2**63 for seed in seeds], dtype=torch.long, device=device)
+        count = positions if drawing.draw == "uniform" else 0
+        self.uniforms_BT = image_uniforms(seeds, count).to(device)
+
+    def copy_(self, other: Self) -> None:
+        """Take another batch's in place, where a CUDA graph reads it."""
+        self.seeds_B.copy_(other.seeds_B)
+        self.uniforms_BT.copy_(other.uniforms_BT)
 
     def draw(self, logits_BNV: Tensor, steps_BN: Tensor, positions_BN: Tensor, watch: Watch | None = None) -> Tensor:
         """Tokens [B, N] at some steps of each image, whose tokens stand at `positions_BN`."""
-        temperature, top_k, top_p, is_greedy = self.drawing
+        draw, temperature, top_k, top_p, is_greedy = self.drawing
         logits_XV = logits_BNV.flatten(0, 1)
         if is_greedy:
             tokens_X = draw_tokens(logits_XV, None, watch=watch)
-        elif self.uniforms_BT is not None:
-            tokens_X = draw_tokens(logits_XV, to_steps(self.uniforms_BT, steps_BN).flatten(), temperature, top_k, top_p, watch)
+        elif draw == "uniform":
+            uniform_X = to_steps(self.uniforms_BT, steps_BN).flatten()
+            tokens_X = draw_tokens(logits_XV, uniform_X, temperature, top_k, top_p, watch)
         else:
             noise_XV = gumbel_noise(self.seeds_B, positions_BN, logits_BNV.shape[-1]).flatten(0, 1)
             tokens_X = draw_gumbel(logits_XV, noise_XV, temperature, top_k, top_p, watch)

@@ -30,8 +30,8 @@ from orderlab.models.gpt import GPT
 from orderlab.models.window import WindowDecoder
 from orderlab.order.perm import as_batch, in_groups, put, to_grid, to_steps
 from orderlab.sampling.draw import Watch, check_drawing, guidance_scales, guide
-from orderlab.sampling.generate import Drawing, check_images
-from orderlab.sampling.noise import Noise
+from orderlab.sampling.generate import check_images
+from orderlab.sampling.noise import Drawing, Noise
 
 SCHEDULES = {  # share of the tokens that is generated after a share of the passes
     "uniform": lambda done: done,
@@ -100,7 +100,7 @@ class Generation:
         self.tokens_BT = torch.zeros_like(self.order_BT)
         scales = [1.0] * kept + guidance_scales(guidance, guidance_schedule, positions - kept)  # a schedule goes by generated tokens
         self.scales_T = torch.tensor(scales, dtype=model.rope_dtype, device=device)
-        self.noise = Noise(draw, seeds, positions, device, Drawing(temperature, top_k, top_p, greedy))
+        self.noise = Noise(Drawing(draw, temperature, top_k, top_p, greedy), seeds, positions, device)
         self.watch_settings = len(classes_B), device
         self.positions, self.is_target_given = positions, model.config.target_at_inference if target is None else target
 

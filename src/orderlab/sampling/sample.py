@@ -1,7 +1,7 @@
 """A run's sample set: its images made in one order into its samples folder, joined, and exported as ADM's npz.
 
 A sample set is a folder: `tokens.npy` (uint16 [N, P] in grid space), `classes.npy`, and `sample.json` (the settings, the checkpoint,
-seconds); learned orders add `orders.npy` and `drafts.npy`. Each finished batch is a file of its own until the set is whole, so a
+seconds); learned orders add `orders.npy` and `drafts.npy`, samplers of several tokens a pass `orders.npy` and `passes.npy`. Each finished batch is a file of its own until the set is whole, so a
 killed run loses one batch at most. Image i has its own seed; batches are dealt out over processes and change nothing. The export
 follows the publisher's rules, which differ between papers and move a metric by more than its error (docs/concepts.md): how labels
 were chosen is the set's own, the resize is bicubic without antialias, before rounding, as LlamaGen's 384 to 256.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.config import LEARNED, SHUFFLED, RunConfig, SampleConfig, UserError, reading
+from orderlab.config import LEARNED, LOCALITY, SHUFFLED, RunConfig, SampleConfig, UserError, reading
 from orderlab.data.imagenet import class_rows, read_names, stored_names
 from orderlab.data.images import as_three_channels
 from orderlab.data.npz import NpzWriter, read_array
@@ -30,6 +30,7 @@ from orderlab.models.oracle import load_oracle, true_class_probability
 from orderlab.models.order_head import OrderedGPT
 from orderlab.models.vq import VQ, tokenizer_hash
 from orderlab.models.weights import ImageModel, load_model, set_precision
+from orderlab.order.locality import locality_order
 from orderlab.order.paths import path
 from orderlab.runtime.dist import ALONE, World, generator, image_seeds, world
 from orderlab.runtime.files import locked, make_folder, read_json, remove, write_array, write_arrays, write_json
@@ -37,6 +38,7 @@ from orderlab.runtime.run import RunFolder, device_name
 from orderlab.sampling import semifast
 from orderlab.sampling.draw import BadLogits
 from orderlab.sampling.generate import SAMPLERS, generate
+from orderlab.sampling.parallel import Generated, adaptive, fixed_point, parallel, pass_counts
 from orderlab.sampling.semifast import Made, Rescore
 from orderlab.sampling.unmask import METHODS as UNMASKING
 from orderlab.sampling.unmask import unmask_as
@@ -46,6 +48,7 @@ from orderlab.sampling.unmask import unmask_as
 LOCK = ".lock"
 OFFSETS = {"llamagen": 128.0, "truncate": 127.5}  # of the roundings to uint8
 BATCH = 50  # images decoded at a time
+LATER_FIELDS = {"rescore": "likelihood", "precision": None, "draw": "uniform", "schedule": "uniform", "choose": "confidence"}
 Method = Callable[[Tensor, Sequence[int]], Made]
 """(classes_B, seeds) -> images."""
 
@@ -55,7 +58,7 @@ Method = Callable[[Tensor, Sequence[int]], Made]
 
 def method_for(model: ImageModel, config: SampleConfig, rescore: Rescore | None = None) -> Method:
     """What makes images as `config` says; what does not fit is refused here. `rescore` chooses among candidates; None: mean log-likelihood."""
-    options: dict[str, Any] = config.model_dump(include={"guidance", "temperature", "top_k", "top_p", "guidance_schedule"})
+    options: dict[str, Any] = config.model_dump(include={"guidance", "temperature", "top_k", "top_p", "guidance_schedule", "draw"})
     name, number = config.method
     if config.order == LEARNED:
         return _learned(model, name, number, rescore, options)
@@ -64,7 +67,12 @@ def method_for(model: ImageModel, config: SampleConfig, rescore: Rescore | None 
         return lambda classes_B, seeds: Made(unmasked(classes_B, seeds))
     if name in UNMASKING:
         raise UserError(f"sampler {config.sampler} needs a masked model, and this run's is causal; expected kv-cache or full-forward")
-    if name != "best-of" and name not in SAMPLERS:
+    passes_of: dict[str, Callable[..., Generated]] = {
+        "fixed-point": partial(fixed_point, window=number),
+        "parallel": partial(parallel, passes=number, schedule=config.schedule),
+        "adaptive": partial(adaptive, candidates=number, choose=config.choose),
+    }
+    if name not in ("best-of", *passes_of, *SAMPLERS):
         raise UserError(f"sampler {config.sampler} does not make images in order '{config.order}'; use kv-cache, or order {LEARNED}")
     gpt = model.gpt if isinstance(model, OrderedGPT) else model
     target = model.target if isinstance(model, OrderedGPT) and config.target is None else config.target
@@ -73,11 +81,17 @@ def method_for(model: ImageModel, config: SampleConfig, rescore: Rescore | None 
         candidates = number if name == "best-of" else 1
         if config.order == SHUFFLED:
             order_NT = semifast.shuffled(gpt.config.positions, seeds, candidates)
+        elif config.order == LOCALITY:
+            counts = pass_counts(gpt.config.positions, number, config.schedule)
+            order_NT = torch.stack([locality_order(*gpt.config.grid, counts, generator("locality", seed)) for seed in seeds])
         else:
             order_NT = path(config.order, *gpt.config.grid).expand(len(seeds) * candidates, -1)
         if name == "best-of":
             return semifast.best_of(gpt, classes_B, seeds, order_NT, candidates, rescore, target, **options)
-        return Made(generate(gpt, classes_B, order_NT, seeds=seeds, target=target, sampler=name, **options), order_NT)
+        if name in passes_of:
+            done = passes_of[name](gpt, classes_B, order_NT, seeds=seeds, target=target, **options)
+            return Made(done.tokens_BP, done.order_BT, passes_B=done.passes_B)
+        return Made(generate(gpt, classes_B, order_NT, seeds=seeds, target=target, sampler=name, **options), order_NT)  # pyrefly: ignore[bad-argument-type]
 
     return made
 
@@ -112,8 +126,9 @@ def passes_beside(config: SampleConfig, positions: int) -> int:
 
 def passes(config: SampleConfig, positions: int) -> int:
     """Forward passes that an image takes, both guidance branches in one: a step of a KV cache counts as one, as a whole pass does."""
-    if config.method[0] in UNMASKING:
-        return config.method[1]
+    name, number = config.method
+    if name in UNMASKING or name == "parallel":
+        return number
     return positions * decoded_images(config) + passes_beside(config, positions)
 
 
@@ -156,8 +171,10 @@ def content_hash(folder: Path) -> str:
 
 def sample_name(config: SampleConfig, checkpoint: str = "final") -> str:
     """The folder name of a sample set: readable, and different for different settings."""
-    is_said = {"order", "guidance", "sampler", "batch"} | ({"rescore"} if config.rescore == "likelihood" else set())
-    rest = config.model_dump(exclude=is_said if config.precision else {*is_said, "precision"})
+    rest = config.model_dump(exclude={"order", "guidance", "sampler", "batch"})
+    for name, default in LATER_FIELDS.items():  # the names of sets from before these existed stay
+        if rest[name] == default:
+            del rest[name]
     digest = hashlib.sha256(repr((sorted(rest.items()), checkpoint)).encode()).hexdigest()[:6]
     sampler = "" if config.sampler == "kv-cache" else f"-{config.sampler}"
     return f"{config.order.replace(':', '')}-g{config.guidance:g}{sampler}-n{config.images}-{digest}"
@@ -203,7 +220,7 @@ def run(
                     "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
                     "seconds_per_image": seconds / timed if timed else None,
                     "processes": here.size,
-                    "steps": passes(config, run_config.model.positions),
+                    "steps": _mean_passes(out, passes(config, run_config.model.positions)),
                     "grid": run_config.model.grid,
                     "class_names": stored_names(class_names(run_config.data)),
                 }
@@ -270,6 +287,8 @@ def _write_part(file: Path, made: Made, kept: int) -> None:
     arrays = {"tokens": made.tokens_BP}
     if made.drafts_BP is not None and made.order_BT is not None:
         arrays |= {"orders": made.order_BT, "drafts": made.drafts_BP}
+    if made.passes_B is not None and made.order_BT is not None:
+        arrays |= {"orders": made.order_BT, "passes": made.passes_B}
     write_arrays(file, {name: values[:kept].cpu().numpy().astype(np.uint16) for name, values in arrays.items()})
 
 
@@ -288,6 +307,12 @@ def _join_parts(out: Path, config: SampleConfig, classes_N: np.ndarray) -> None:
     for name in loaded[0]:
         write_array(out / f"{name}.npy", np.concatenate([arrays[name] for arrays in loaded]))
     write_array(out / "classes.npy", classes_N.astype(np.int32))
+
+
+def _mean_passes(out: Path, expected: int) -> float:
+    """Passes an image, as counted where the sampler counts them."""
+    counted = out / "passes.npy"
+    return float(np.load(counted).mean()) if counted.exists() else expected
 
 
 def _tidy(out: Path) -> None:

@@ -33,6 +33,7 @@ class Made(NamedTuple):
     tokens_BP: Tensor
     order_BT: Tensor | None = None  # the order each was made in; None for sets of tokens at a time
     drafts_BP: Tensor | None = None  # the raster images whose states were scored
+    passes_B: Tensor | None = None  # forward passes of each, of a sampler that counts them
 
 
 def draft(model: OrderedGPT, classes_B: Tensor, seeds: Sequence[int], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
