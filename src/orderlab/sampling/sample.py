@@ -249,7 +249,11 @@ def _sample_parts(
             except BadLogits as bad:  # name the image of the set; candidates of one image are rows side by side
                 raise BadLogits(bad.row, bad.rows, bad.step, image=start + bad.row * config.batch // bad.rows) from None
             seconds, timed = seconds + time.perf_counter() - clock, timed + config.batch
-            _write_part(file, made, config.images - start)
+            arrays = {"tokens": made.tokens_BP}
+            if made.drafts_BP is not None and made.order_BT is not None:  # the orders differ from image to image
+                arrays |= {"orders": made.order_BT, "drafts": made.drafts_BP}
+            kept = config.images - start
+            write_arrays(file, {name: values[:kept].cpu().numpy().astype(np.uint16) for name, values in arrays.items()})
         progress(min(config.images, start + config.batch), config.images)
     return seconds, timed
 
@@ -263,14 +267,6 @@ def _parts(out: Path, config: SampleConfig) -> Iterator[tuple[int, Path]]:
     kind = "-bf16" if config.precision == "bf16" else ""
     for start in range(0, config.images, config.batch):
         yield start, out / f"part-{start:06d}-{min(config.images, start + config.batch):06d}{kind}.npz"
-
-
-def _write_part(file: Path, made: Made, kept: int) -> None:
-    """A batch's images, and where they differ from image to image the orders and drafts they come from."""
-    arrays = {"tokens": made.tokens_BP}
-    if made.drafts_BP is not None and made.order_BT is not None:
-        arrays |= {"orders": made.order_BT, "drafts": made.drafts_BP}
-    write_arrays(file, {name: values[:kept].cpu().numpy().astype(np.uint16) for name, values in arrays.items()})
 
 
 def _is_whole(file: Path) -> bool:
