@@ -19,7 +19,6 @@ from orderlab.order.perm import highest, in_two_groups, to_steps
 
 # B batch · P grid position · T generation step · V codebook · D width of the scored states · C width of a codebook entry
 
-Gate = Literal["identity", "context-only"]
 NORMALISE_EPS = 1e-6
 
 
@@ -77,7 +76,7 @@ class Split:
         """Straight through: the hard mask in value, the soft mask in gradient."""
         return self.is_second_BP + self.soft_BP - self.soft_BP.detach()
 
-    def token_scale_BP(self, gate: Gate = "identity") -> Tensor:
+    def token_scale_BP(self, gate: Literal["identity", "context-only"] = "identity") -> Tensor:
         """What multiplies each position's token embedding.
 
         "identity": 1 in value, so training sees what inference does; "context-only": the second group enters as zeros.

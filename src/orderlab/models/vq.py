@@ -275,6 +275,6 @@ def _matching_preset(state: Mapping[str, Tensor], path: str | Path) -> VQConfig:
     for config in PRESETS.values():
         with torch.device("meta"):
             expected = VQ(config).state_dict()
-        if expected.keys() == state.keys() and all(expected[name].shape == state[name].shape for name in expected):
+        if {name: tensor.shape for name, tensor in expected.items()} == {name: tensor.shape for name, tensor in state.items()}:
             return config
     return PRESETS["vq-16"]

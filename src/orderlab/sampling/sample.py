@@ -1,7 +1,8 @@
 """A run's sample set: its images made in one order into its samples folder, joined, and exported as ADM's npz.
 
 A sample set is a folder: `tokens.npy` (uint16 [N, P] in grid space), `classes.npy`, and `sample.json` (the settings, the checkpoint,
-seconds); learned orders add `orders.npy` and `drafts.npy`, samplers of several tokens a pass `orders.npy` and `passes.npy`. Each finished batch is a file of its own until the set is whole, so a
+seconds); learned orders add `orders.npy` and `drafts.npy`, samplers of several tokens a pass `orders.npy` and `passes.npy`.
+Each finished batch is a file of its own until the set is whole, so a
 killed run loses one batch at most. Image i has its own seed; batches are dealt out over processes and change nothing. The export
 follows the publisher's rules, which differ between papers and move a metric by more than its error (docs/concepts.md): how labels
 were chosen is the set's own, the resize is bicubic without antialias, before rounding, as LlamaGen's 384 to 256.
@@ -266,7 +267,13 @@ def _sample_parts(
             except BadLogits as bad:  # name the image of the set; candidates of one image are rows side by side
                 raise BadLogits(bad.row, bad.rows, bad.step, image=start + bad.row * config.batch // bad.rows) from None
             seconds, timed = seconds + time.perf_counter() - clock, timed + config.batch
-            _write_part(file, made, config.images - start)
+            arrays = {"tokens": made.tokens_BP}
+            beside = {"drafts": made.drafts_BP, "passes": made.passes_B}
+            if any(values is not None for values in beside.values()):  # the orders may differ from image to image
+                beside["orders"] = made.order_BT
+            arrays |= {name: values for name, values in beside.items() if values is not None}
+            kept = config.images - start
+            write_arrays(file, {name: values[:kept].cpu().numpy().astype(np.uint16) for name, values in arrays.items()})
         progress(min(config.images, start + config.batch), config.images)
     return seconds, timed
 
@@ -280,16 +287,6 @@ def _parts(out: Path, config: SampleConfig) -> Iterator[tuple[int, Path]]:
     kind = "-bf16" if config.precision == "bf16" else ""
     for start in range(0, config.images, config.batch):
         yield start, out / f"part-{start:06d}-{min(config.images, start + config.batch):06d}{kind}.npz"
-
-
-def _write_part(file: Path, made: Made, kept: int) -> None:
-    """A batch's images, and where they differ from image to image the orders and drafts they come from."""
-    arrays = {"tokens": made.tokens_BP}
-    if made.drafts_BP is not None and made.order_BT is not None:
-        arrays |= {"orders": made.order_BT, "drafts": made.drafts_BP}
-    if made.passes_B is not None and made.order_BT is not None:
-        arrays |= {"orders": made.order_BT, "passes": made.passes_B}
-    write_arrays(file, {name: values[:kept].cpu().numpy().astype(np.uint16) for name, values in arrays.items()})
 
 
 def _is_whole(file: Path) -> bool:
