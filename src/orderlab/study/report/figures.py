@@ -237,7 +237,7 @@ def losses(run: RunCurves, limits: tuple[float, float] | None = None) -> Figure:
         return figure
 
 
-def thousands(value: float, _: int) -> str:
+def thousands(value: float, _: float | None) -> str:
     """A tick's label: 1000 is 1k."""
     return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
