@@ -7,7 +7,7 @@ from PIL import Image
 
 from orderlab.data.images import image_batches
 from orderlab.evaluate.measure import Measured, measure_images
-from orderlab.evaluate.networks import Features, Network, as_rgb
+from orderlab.evaluate.networks import Features, Network
 from orderlab.evaluate.reference import Origin, write_reference
 
 
@@ -20,7 +20,7 @@ class Tiny(Network):
         self.seen: list[int] = []
 
     def __call__(self, images: np.ndarray, batch: int = 500) -> Features:
-        flat = as_rgb(images, self.name).reshape(len(images), -1).astype(np.float32) / 255
+        flat = self.checked(images).reshape(len(images), -1).astype(np.float32) / 255
         self.seen.append(len(images))
         projections = np.random.RandomState(0).standard_normal((sum(self.widths), flat.shape[1])).astype(np.float32)
         parts = np.split(flat @ projections.T, np.cumsum(self.widths)[:-1], axis=1)

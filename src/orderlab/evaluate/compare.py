@@ -11,6 +11,7 @@ K blocks, or neighbours · M training or reference rows · N sample rows · P gr
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,7 @@ def nearest_of_run(folder: Path, *, picture: Path | None = None, network: str | 
     seen, vq = network_for(samples.size, network), tokenizer(config.data.tokenizer, own_device())
     train_MP, validation_MP = (token_set.read(np.arange(len(token_set)))[1].numpy() for token_set in both)
 
-    def images_of(tokens: np.ndarray) -> np.ndarray:
-        return decode(vq, tokens, config.model.grid)
+    images_of = partial(decode, vq, grid=config.model.grid)
 
     def pool(tokens: np.ndarray) -> np.ndarray:
         return np.concatenate([seen(images_of(tokens[start : start + TILE])).pool for start in range(0, len(tokens), TILE)])
@@ -178,6 +178,9 @@ def nearest_of_run(folder: Path, *, picture: Path | None = None, network: str | 
     (distances_NK, rows_NK), (fresh_MK, _) = nearest(pool(tokens_NP), train_MD), nearest(pool(validation_MP), train_MD)
     if picture is not None:
         _draw(tokens_NP, train_MP, distances_NK[:, 0], rows_NK, images_of, picture)
+    # The last NLL, in nats per token, of both sets where the run logged both.
+    logged = [record for record in run_folder.records("validation") if "train_nll" in record][-1:]
+    nlls = {name: float(record[name]) for record in logged for name in ("validation_nll", "train_nll")}
     share, error = nearer_share(distances_NK[:, 0], fresh_MK[:, 0])
     known = {row.tobytes() for row in train_MP.astype(np.uint16)}
     copies = [sum(row.tobytes() in known for row in rows.astype(np.uint16)) for rows in (tokens_NP, validation_MP)]
@@ -193,7 +196,7 @@ def nearest_of_run(folder: Path, *, picture: Path | None = None, network: str | 
         "nearer_than_validation_standard_error": error,
         "copies": copies[0],
         "copies_in_validation": copies[1],
-        **nll_gap(run_folder),
+        **nlls,
     }
 
 
@@ -213,12 +216,6 @@ def own_set(folder: Path) -> Samples:
 def _speaks_for_run(samples: SampleSet, order: str) -> bool:
     config = samples.config
     return (config.order, config.guidance, config.sampler, samples.meta["checkpoint"]) == (order, 2.0, "kv-cache", "final")
-
-
-def nll_gap(folder: RunFolder) -> dict[str, float]:
-    """The last validation and training NLL that the run logged, in nats per token, where it logged both."""
-    logged = [record for record in folder.records("validation") if "train_nll" in record]
-    return {name: float(logged[-1][name]) for name in ("validation_nll", "train_nll")} if logged else {}
 
 
 def _draw(tokens_NP: np.ndarray, train_MP: np.ndarray, nearest_N: np.ndarray, rows_NK: np.ndarray, images_of: Any, file: Path) -> None:

@@ -82,8 +82,14 @@ class Network:
         return Features(*(tensor.cpu().numpy() for tensor in (pool_ND, spatial_features(map_NCHW), logits_NK)))
 
     def checked(self, images: np.ndarray) -> np.ndarray:
-        """The images as [N,H,W,C] with the channels that the network takes; UserError for any that it cannot take."""
-        return as_rgb(images, self.name)
+        """The images as [N,H,W,C] with the channels that the network takes, 3 here; UserError naming the network for any that it cannot take."""
+        if images.dtype != np.uint8:
+            raise UserError(f"{self.name} got {images.dtype} images: expected uint8 in 0..255; scale, round and convert them first")
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+            raise UserError(f"{self.name} got images of shape {list(images.shape)}: expected one or more, [N, H, W, 3] or grey [N, H, W]")
+        return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
     def outputs(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """float32 pixels in [0, 255] -> (pooled features [N,D], a map [N,C,H,W], logits [N,K])."""
@@ -93,17 +99,6 @@ class Network:
 def spatial_features(map_NCHW: Tensor) -> Tensor:
     """The features of sFID: the first 7 channels of a map, flattened so that index = (h W + w) 7 + c, as the stored ADM statistics have them."""
     return map_NCHW[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-
-
-def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
-    """uint8 [N,H,W], [N,H,W,1] or [N,H,W,3] as [N,H,W,3]; UserError naming the network for anything else."""
-    if images.dtype != np.uint8:
-        raise UserError(f"{name} got {images.dtype} images: expected uint8 in 0..255; scale, round and convert them first")
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
-        raise UserError(f"{name} got images of shape {list(images.shape)}: expected one or more, [N, H, W, 3] or grey [N, H, W]")
-    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
 
 def extractor(name: str) -> Network:
