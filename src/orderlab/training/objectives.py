@@ -66,7 +66,7 @@ class Batch:
 class Objective(ABC, Generic[Model]):
     """What the loop asks of a training task."""
 
-    save: Callable[..., None]
+    saver: Callable[..., None]
     """What writes a checkpoint of this kind of model."""
     rate_scales: Mapping[str, float] = MappingProxyType({})
     """Learning rates over `optim.lr`, by the first word of a parameter's name; 1 for what is not named."""
@@ -94,7 +94,7 @@ class Objective(ABC, Generic[Model]):
 
     def export(self, file: Path, header: Mapping[str, str], state: dict[str, Tensor] | None = None) -> None:
         """Write the weights (or `state` in their place) as a checkpoint."""
-        self.save(self.model, file, state=state, header=header)
+        self.saver(self.model, file, state=state, header=header)
 
     def take_start(self, tensors: dict[str, Tensor], file: Path) -> None:
         """Take the weights of the checkpoint a run starts from."""
@@ -209,7 +209,7 @@ class Autoregressive(Objective[GPT]):
     takes no gradient, so it has no optimizer state, no decay, and the same bits afterwards.
     """
 
-    save = staticmethod(save_gpt)
+    saver = staticmethod(save_gpt)
 
     def build(self, seed: int) -> GPT:
         model, trained = GPT(self.config.model, seed=seed), self.config.trained_blocks
@@ -276,7 +276,7 @@ class Masked(Objective[MaskedModel]):
     smoothing, so that the loss is a likelihood.
     """
 
-    save = staticmethod(save_masked)
+    saver = staticmethod(save_masked)
 
     def build(self, seed: int) -> MaskedModel:
         return MaskedModel(self.config.model, seed=seed)

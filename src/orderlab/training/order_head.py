@@ -54,7 +54,7 @@ class OrderHeadBatch(Batch):
 class OrderHead(Objective[OrderedGPT]):
     """The straight-through objective, and what is measured of it."""
 
-    save = staticmethod(save_ordered_gpt)
+    saver = staticmethod(save_ordered_gpt)
 
     def __init__(self, config: RunConfig, train: TokenSet, validation: TokenSet, device: torch.device, runs: Path):
         super().__init__(config, train, validation, device, runs)
