@@ -65,7 +65,7 @@ class Batch:
 class Objective(ABC, Generic[Model]):
     """What the loop asks of a training task."""
 
-    save: Callable[..., None] = staticmethod(save_model)
+    saver: Callable[..., None] = staticmethod(save_model)
     """What writes a checkpoint of this kind of model."""
     rate_scales: Mapping[str, float] = MappingProxyType({})
     """Learning rates over `optim.lr`, by the first word of a parameter's name; 1 for what is not named."""
@@ -93,7 +93,7 @@ class Objective(ABC, Generic[Model]):
 
     def export(self, file: Path, header: Mapping[str, str], state: dict[str, Tensor] | None = None) -> None:
         """Write the weights (or `state` in their place) as a checkpoint."""
-        self.save(self.model, file, state=state, header=header)
+        self.saver(self.model, file, state=state, header=header)
 
     def take_start(self, tensors: dict[str, Tensor], file: Path) -> None:
         """Take the weights of the checkpoint a run starts from."""

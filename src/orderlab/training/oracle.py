@@ -56,7 +56,7 @@ class ShownBatch(Batch):
 class OracleTraining(Objective[Oracle]):
     """Cross-entropy of the class, mean over images; labels are not dropped."""
 
-    save = staticmethod(save_oracle)
+    saver = staticmethod(save_oracle)
 
     def build(self, seed: int) -> Oracle:
         model, codebook_VC = self.config.model, codebook(self.config.data, self.train)
