@@ -24,7 +24,10 @@ from orderlab.runtime.run import RunFolder
 from orderlab.sampling.sample import SampleSet
 from orderlab.study.catalog import ROWS, SCALES, TABLES, rows_at
 
-# MERGED FROM results: A finished run, read back: its config, model, curves, likelihoods, samples and scores.
+FORMATS = ("safetensors", "llamagen")
+LIST = "orderlab-export.json"  # what an export made, each file with its SHA-256; `push` uploads these and no other
+EXPORT = FolderKind("export", (LIST, "model.safetensors", "model.pt", "config.json", "metrics.json", "README.md"), LIST, ("files",))
+TARGET = "ta_embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,13 @@ class Run:
 def load_run(folder: str | Path) -> Run:
     """Read a run folder such as runs/raster-300@demo/seed0. Raises `UserError` when it is none."""
     run = RunFolder(folder)
-
-    def optional(file: Path) -> dict[str, Any]:
-        return read_json(file) if file.exists() else {}
-
-    return Run(run.root, run.config(), run.status(), run.records(), optional(run.root / "nll.json"), optional(run.scores))
+    return Run(run.root, run.config(), run.status(), run.records(), **_measured(run, "nll", "scores"))
 
 
-FORMATS = ("safetensors", "llamagen")
-LIST = "orderlab-export.json"  # what an export made, each file with its SHA-256; `push` uploads these and no other
-EXPORT = FolderKind("export", (LIST, "model.safetensors", "model.pt", "config.json", "metrics.json", "README.md"), LIST, ("files",))
-TARGET = "ta_embedding.weight"
+def _measured(run: RunFolder, *names: str) -> dict[str, Any]:
+    """The run's nll.json and scores.json, empty where nothing was measured."""
+    files = {name: run.root / f"{name}.json" for name in names}
+    return {name: read_json(file) if file.exists() else {} for name, file in files.items()}
 
 
 def import_weights(
@@ -91,20 +90,12 @@ def import_weights(
     }
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What an export wrote, and what the format has no place for."""
-
-    files: list[Path]
-    notes: list[str]
-
-
 def export_run(
     run_dir: Path, out: Path, format: str = "safetensors", merge_order: str | None = None, checkpoint: str = "final"
-) -> Exported:
+) -> tuple[list[Path], list[str]]:
     """A run as a folder to share: weights, config.json, metrics.json and README.md, the model card.
 
-    `merge_order` merges the target table for one order (safetensors only). The folder appears whole; an export that was there is
+    Returns its files, and notes of what the format has no place for. `merge_order` merges the target table for one order (safetensors only). The folder appears whole; an export that was there is
     replaced where nobody has changed it. Raises `UserError` for an unknown format, a run without that checkpoint, what LlamaGen's
     format cannot hold, and any other folder in the place of `out`.
     """
@@ -123,7 +114,7 @@ def export_run(
         model = merge_target(model, path(merge_order, *model.config.grid))
         notes.append(f"the target table is merged for {merge_order}: other orders are lost")
     name = "model.safetensors" if format == "safetensors" else "model.pt"
-    metrics = {kind: read_json(file) for kind in ("scores", "nll") if (file := folder.root / f"{kind}.json").exists()}
+    metrics = {kind: found for kind, found in _measured(folder, "scores", "nll").items() if found}
     with replaced_folder(out, EXPORT) as fresh:
         if format == "safetensors":
             save_gpt(model, fresh / name, header={"run": config.model_dump_json(), "metrics": json.dumps(metrics)})
@@ -134,7 +125,7 @@ def export_run(
         write_atomically(fresh / "README.md", model_card(config, model, metrics, name, checkpoint, notes))
         made = [name, "config.json", "metrics.json", "README.md"]
         write_json(fresh / LIST, {"files": {part: file_sha256(fresh / part) for part in made}})
-    return Exported([out / part for part in made], notes)
+    return [out / part for part in made], notes
 
 
 def _exported(folder: Path) -> dict[str, str]:

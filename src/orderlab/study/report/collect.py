@@ -25,7 +25,7 @@ from orderlab.runtime.dist import own_device
 from orderlab.runtime.files import read_json, write_output
 from orderlab.runtime.run import RunFolder, code_version
 from orderlab.sampling.sample import SampleSet, sample_name
-from orderlab.study.catalog import SCALES, TABLES, Row, Scale, Variant, resolve, row_note, sample_config, shortest_names, variants
+from orderlab.study.catalog import SCALES, TABLES, Row, Scale, Variant, flag, resolve, row_note, sample_config, shortest_names, variants
 from orderlab.study.report.claims import over_seeds
 from orderlab.study.report.data import (
     Cost,
@@ -111,7 +111,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
         galleries=[found for found in [gallery(learned)] if found],
         vocabulary=first.model.vocabulary,
         notes=_notes(configs, rows, scale, runs, seed),
-        commands=[f"orderlab reproduce --scale {scale.name} --rows {' '.join(shortest_names(rows))} --seed {seed}"],
+        commands=[f"orderlab reproduce --scale {scale.name} --rows {' '.join(shortest_names(rows))} --seed {seed}{flag()}"],
     )
 
 
