@@ -418,105 +418,49 @@ GPT_L, GPT_XL = GPT_B.edited(layers=24, heads=16, dim=1024), GPT_B.edited(layers
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of headline rows
 C2I_B = "c2i_B_256.pt"  # LlamaGen's GPT-B after 300 epochs of ImageNet-1K
 
-SCALES: dict[str, Scale] = {
-    scale.name: scale
-    for scale in (
-        Scale(
-            "smoke",
-            "2,000 images of the embedded subset and a tiny model: every row end to end in minutes, no meaning in the numbers",
-            data=FASHION.edited(train_images=2000, validation_images=1000),
-            model=TINY,
-            unit_images=1280,
-            batch=64,
-            optim=OptimConfig(lr=3e-3),
-            sample_images=160,
-            sample_batch=160,
-            precision="fp32",
-            other_half=FASHION.edited(train_images=2000, skip_images=2000, validation_images=1000),
-            order_head=OrderHeadConfig(dim=16, layers=1, heads=2, mlp_dim=32),
-            oracle=OracleTask(layers=2, heads=2, dim=32, mlp_dim=64),
-        ),
-        Scale(
-            "demo",
-            "the embedded subset of Fashion-MNIST (10,000 images, 8×8 tokens), 48,000 images seen by a model of about 1M parameters",
-            data=FASHION.edited(validation_images=1500),  # of 5,000: likelihoods in a third of the time
-            model=ABOUT_1M.edited(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0),  # under ten epochs: it underfits
-            unit_images=48_000,
-            batch=32,
-            optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_images=3_200),  # the one scale that anneals its rate: minutes must do
-            sample_images=500,
-            sample_batch=250,
-            precision="fp32",  # faster than autocast at this size on a CPU
-            validate_every=24_000,
-            checkpoint_every=24_000,
-            other_half=FASHION.edited(train_images=5000),
-            finetune={"data": {"skip_images": 5000}},  # the half that the pretrained model has not seen
-            order_head=HEAD_FOR_1M,
-            oracle=ORACLE_FOR_1M,
-        ),
-        Scale(
-            "toy",
-            "2,000 images of the embedded subset (8×8 tokens), a model of about 1M parameters, 40 epochs a unit: raster begins to memorise",
-            data=FASHION.edited(train_images=2000),
-            model=ABOUT_1M,
-            unit_images=80_000,
-            batch=32,
-            optim=OptimConfig(lr=1e-3),
-            sample_images=1000,
-            sample_batch=250,
-            precision="fp32",
-            validate_every=10_000,
-            checkpoint_every=5_000,
-            other_half=FASHION.edited(train_images=2000, skip_images=2000),
-            order_head=HEAD_FOR_1M,
-            oracle=ORACLE_FOR_1M,
-            has_ema_rows=True,
-        ),
-        Scale(
-            "small",
-            "all of Fashion-MNIST (60,000 images, 16×16 tokens), a model of about 10M parameters, 60 epochs a unit",
-            data=FASHION.edited(tokenizer=FASHION_16, folder="fashion-mnist"),
-            model=ABOUT_10M,
-            unit_images=3_600_000,
-            batch=128,
-            optim=OptimConfig(lr=6e-4),
-            sample_images=5000,
-            sample_batch=250,
-            validate_every=60_000,
-            checkpoint_every=60_000,
-            hardware="1 GPU",
-            sustained_tflops=20,
-            memory_tbs=0.5,
-            compile="step",
-            other_half=FASHION.edited(tokenizer=FASHION_16, folder="fashion-mnist", train_images=30_000),
-            finetune={"data": {"skip_images": 30_000}},
-            order_head=OrderHeadConfig(dim=128, layers=3, heads=4, mlp_dim=512),
-            oracle=OracleTask(layers=6, heads=6, dim=192, mlp_dim=768),
-            has_ema_rows=True,
-        ),
-        Scale(
-            "paper",
-            "ImageNet-100 (126,689 images), LlamaGen VQ-16 codes (16×16 of 16,384), GPT-B, 300 epochs a unit: the study's own",
-            data=DataConfig(source="imagenet", tokenizer="vq_ds16_c2i.pt"),
-            model=GPT_B,
-            unit_images=300 * 126_689,
-            batch=256,
-            optim=OptimConfig(lr=1e-4),
-            sample_images=5000,
-            sample_batch=64,
-            validate_every=10 * 126_689,
-            checkpoint_every=2 * 126_689,
-            hardware=f"4×H100, {UTILISATION:.0%} of their peak",
-            sustained_tflops=4 * H100_TFLOPS * UTILISATION,
-            memory_tbs=4 * H100_TBS * 0.5,
-            gpus=4,
-            compile="step",
-            pretrained=C2I_B,
-            finetune={"model": {"classes": 1000}, "data": {"classes": "imagenet-1k"}},  # labels take their rows of the 1,000, by WordNet id
-            has_ema_rows=True,
-        ),
-    )
-}
+# fmt: off
+SCALES: dict[str, Scale] = {scale.name: scale for scale in (
+    Scale("smoke", "2,000 images of the embedded subset and a tiny model: every row end to end in minutes, no meaning in the numbers",
+          data=FASHION.edited(train_images=2000, validation_images=1000),
+          model=TINY, unit_images=1280, batch=64, optim=OptimConfig(lr=3e-3), precision="fp32",
+          sample_images=160, sample_batch=160,
+          other_half=FASHION.edited(train_images=2000, skip_images=2000, validation_images=1000),
+          order_head=OrderHeadConfig(dim=16, layers=1, heads=2, mlp_dim=32),
+          oracle=OracleTask(layers=2, heads=2, dim=32, mlp_dim=64)),
+    Scale("demo", "the embedded subset of Fashion-MNIST (10,000 images, 8×8 tokens), 48,000 images seen by a model of about 1M parameters",
+          data=FASHION.edited(validation_images=1500),  # of 5,000: likelihoods in a third of the time
+          model=ABOUT_1M.edited(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0),  # under ten epochs: it underfits
+          unit_images=48_000, batch=32, precision="fp32",  # faster than autocast at this size on a CPU
+          optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_images=3_200),  # the one scale that anneals its rate: minutes must do
+          validate_every=24_000, checkpoint_every=24_000, sample_images=500, sample_batch=250,
+          other_half=FASHION.edited(train_images=5000),
+          finetune={"data": {"skip_images": 5000}},  # the half that the pretrained model has not seen
+          order_head=HEAD_FOR_1M, oracle=ORACLE_FOR_1M),
+    Scale("toy", "2,000 images of the embedded subset (8×8 tokens), a model of about 1M parameters, 40 epochs a unit: raster begins to memorise",
+          data=FASHION.edited(train_images=2000),
+          model=ABOUT_1M, unit_images=80_000, batch=32, optim=OptimConfig(lr=1e-3), precision="fp32",
+          validate_every=10_000, checkpoint_every=5_000, sample_images=1000, sample_batch=250,
+          other_half=FASHION.edited(train_images=2000, skip_images=2000),
+          order_head=HEAD_FOR_1M, oracle=ORACLE_FOR_1M, has_ema_rows=True),
+    Scale("small", "all of Fashion-MNIST (60,000 images, 16×16 tokens), a model of about 10M parameters, 60 epochs a unit",
+          data=FASHION.edited(tokenizer=FASHION_16, folder="fashion-mnist"),
+          model=ABOUT_10M, unit_images=3_600_000, batch=128, optim=OptimConfig(lr=6e-4), compile="step",
+          validate_every=60_000, checkpoint_every=60_000, sample_images=5000, sample_batch=250,
+          hardware="1 GPU", sustained_tflops=20, memory_tbs=0.5,
+          other_half=FASHION.edited(tokenizer=FASHION_16, folder="fashion-mnist", train_images=30_000),
+          finetune={"data": {"skip_images": 30_000}},
+          order_head=OrderHeadConfig(dim=128, layers=3, heads=4, mlp_dim=512),
+          oracle=OracleTask(layers=6, heads=6, dim=192, mlp_dim=768), has_ema_rows=True),
+    Scale("paper", "ImageNet-100 (126,689 images), LlamaGen VQ-16 codes (16×16 of 16,384), GPT-B, 300 epochs a unit: the study's own",
+          data=DataConfig(source="imagenet", tokenizer="vq_ds16_c2i.pt"),
+          model=GPT_B, unit_images=300 * 126_689, batch=256, optim=OptimConfig(lr=1e-4), compile="step",
+          validate_every=10 * 126_689, checkpoint_every=2 * 126_689, sample_images=5000, sample_batch=64,
+          hardware=f"4×H100, {UTILISATION:.0%} of their peak", gpus=4,
+          sustained_tflops=4 * H100_TFLOPS * UTILISATION, memory_tbs=4 * H100_TBS * 0.5,
+          pretrained=C2I_B,  # a fine-tune's labels take their rows of the 1,000, by WordNet id
+          finetune={"model": {"classes": 1000}, "data": {"classes": "imagenet-1k"}}, has_ema_rows=True),
+)}
+# fmt: on
 SCALES["paper-1k"] = replace(
     SCALES["paper"],
     name="paper-1k",
@@ -617,6 +561,9 @@ def row_note(row: Row, scale: Scale) -> str:
     return "; ".join(note for note in notes if note)
 
 
+AS_THE_SCALE = ("batch", "micro_batch", "precision", "compile", "sharding", "validate_every", "checkpoint_every")
+
+
 def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConfig:
     """The config of a run: defaults < recipe < scale < `changes` (fields of RunConfig, or "optim.lr" and the like).
 
@@ -625,6 +572,7 @@ def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConf
     if run not in RECIPES:
         raise nearest(run, RECIPES, "run")
     recipe, scale = RECIPES[run], scale_named(scale_name)
+    told = {"target_embedding": recipe.target_embedding, "target_at_inference": recipe.target_at_inference}
     data = scale.other_half if recipe.is_pretraining else scale.data
     if data is None:
         raise UserError(f"scale {scale.name} has no run {run}: its fine-tunes start from {scale.pretrained}")
@@ -633,24 +581,14 @@ def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConf
         "scale": scale.name,
         "seed": seed,
         "data": data.model_dump(),
-        "model": {
-            **scale.model.model_dump(),
-            "target_embedding": recipe.target_embedding,
-            "target_at_inference": recipe.target_at_inference,
-        },
+        "model": {**scale.model.model_dump(), **told},
         "task": _task(recipe, scale).model_dump(),
         "policy": recipe.policy.model_dump(),
         "optim": scale.optim.model_dump(),
         "start": _start(recipe, scale),
         "trained_blocks": recipe.trained_blocks and min(recipe.trained_blocks, scale.model.layers),
         "images": max(scale.batch, round(recipe.units * scale.unit_images)) if recipe.units else 0,
-        "batch": scale.batch,
-        "micro_batch": scale.micro_batch,
-        "precision": scale.precision,
-        "compile": scale.compile,
-        "sharding": scale.sharding,
-        "validate_every": scale.validate_every,
-        "checkpoint_every": scale.checkpoint_every,
+        **{name: getattr(scale, name) for name in AS_THE_SCALE},
     }
     if recipe.start == "pretrained":
         for section, values in (scale.finetune or {}).items():
@@ -721,17 +659,8 @@ def variants(row: Row, scale: Scale, seed: int = 0) -> list[Variant]:
 
 def sample_config(row: Row, scale: Scale, seed: int = 0) -> SampleConfig:
     """How the row's images are generated at this scale."""
-    return SampleConfig.model_validate(
-        {
-            "order": row.order,
-            "images": scale.sample_images,
-            "batch": scale.sample_batch,
-            "sampler": row.sampler,
-            "target": row.target,
-            "rescore": row.rescore,
-            "seed": seed,
-        }
-    )
+    sizes = {"images": scale.sample_images, "batch": scale.sample_batch, "seed": seed}
+    return SampleConfig(order=row.order, sampler=row.sampler, target=row.target, rescore=row.rescore, **sizes)
 
 
 # A user's own study: a Python file whose ORDERS, TABLES, RECIPES, SCALES and ROWS are added to those above.

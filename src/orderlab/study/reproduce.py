@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -150,31 +150,21 @@ def work(plan: Plan, console: Console | None = None) -> str:
     return "done"
 
 
-def job_plans(
-    rows: list[Row],
-    scale: Scale,
-    runs: Path,
-    seed: int,
-    data: Path | None = None,
-    start: Path | None = None,
-    tokenizer: str | None = None,
-    reference: Path | None = None,
-) -> list[Plan]:
-    """The rows as plans that may run at the same time: rows that share a run, or a run theirs needs, share a plan."""
+def job_plans(plan: Plan) -> list[Plan]:
+    """A plan as plans that may be carried out at the same time: rows that share a run, or a run theirs needs, share a plan."""
 
     def with_needs(run_name: str) -> set[str]:
-        return {run_name}.union(*(with_needs(needed) for needed in resolve(run_name, scale.name, seed).needs))
+        return {run_name}.union(*(with_needs(needed) for needed in resolve(run_name, plan.scale.name, plan.seed).needs))
 
     groups: list[tuple[set[str], list[Row]]] = []
-    for row in rows:
+    for row in plan.rows:
         shared, group = with_needs(row.run), [row]
         for other in [other for other in groups if other[0] & shared]:
             groups.remove(other)
             shared, group = shared | other[0], other[1] + group
         groups.append((shared, group))
-    ordered = sorted((sorted(group, key=rows.index) for _, group in groups), key=lambda group: rows.index(group[0]))
-    places = (data and data.absolute(), start and start.absolute(), tokenizer, reference and reference.absolute())
-    return [Plan(group, scale, runs, seed, *places) for group in ordered]
+    in_order = [sorted(group, key=plan.rows.index) for _, group in groups]
+    return [replace(plan, rows=group) for group in sorted(in_order, key=lambda group: plan.rows.index(group[0]))]
 
 
 def dry_run(rows: list[Row], scale: Scale, seed: int) -> dict[str, Any]:

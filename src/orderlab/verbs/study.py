@@ -166,11 +166,12 @@ def launch(
     """Rows as Slurm jobs, one for each training run and seed: train, sample, measure; queued again after preemption."""
     study.use(catalog)
     from orderlab.runtime.dist import Settings, sbatch_script, submit
-    from orderlab.study.reproduce import job_plans, work
+    from orderlab.study.reproduce import Plan, job_plans, work
 
     known = study.scale_named(scale)
-    chosen, places = study.rows_named(rows, known), (data, start, placed(tokenizer), reference)
-    plans = [plan for seed in numbers(seeds, "--seeds") for plan in job_plans(chosen, known, runs.absolute(), seed, *places)]
+    chosen, places = study.rows_named(rows, known), (data and data.absolute(), start and start.absolute(), placed(tokenizer))
+    whole = [Plan(chosen, known, runs.absolute(), k, *places, reference and reference.absolute()) for k in numbers(seeds, "--seeds")]
+    plans = [plan for seed in whole for plan in job_plans(seed)]
     settings = Settings(runs.absolute() / "jobs", gpus, minutes, f"orderlab-{scale}", slurm)
     names = [f"{'+'.join(dict.fromkeys(row.run for row in plan.rows))}, seed {plan.seed}: {len(plan.rows)} rows" for plan in plans]
     if print:
