@@ -24,16 +24,7 @@ from orderlab.models.transformer import Block, RMSNorm
 from orderlab.sampling.sample import decoded_images, passes_beside
 from orderlab.sampling.unmask import METHODS
 from orderlab.study.catalog import H100_TFLOPS, RECIPES, SOURCE_COSTS, SOURCE_HOURS, SOURCE_INFERENCE, Scale, resolve
-from orderlab.training.speed import (
-    block_parameters,
-    forward_flops,
-    masked_flops,
-    network_flops,
-    oracle_and_image,
-    parameters_of,
-    training_flops,
-    unmasking_flops,
-)
+from orderlab.training import speed
 
 GIB = 2**30
 TRAINING_IMAGES = {100: 126_689, 1000: 1_281_167}  # of ImageNet-100 and ImageNet-1K
@@ -114,11 +105,11 @@ def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool, devi
     copies of the matrices; what the backward pass needs of each block, embedding and head; the gradient of the logits.
     """
     model, is_bf16 = config.model, config.precision == "bf16"
-    parameters = parameters_of(config)
+    parameters = speed.parameters_of(config)
     copies = 4 + bool(config.optim.ema)
     fixed = 4.0 * parameters * copies
     if config.sharding == "fsdp" and devices > 1:  # and whole at one time: embeddings and head, a block and the one gathered ahead
-        block = block_parameters(model)
+        block = speed.block_parameters(model)
         parameters -= (model.layers - 2) * block
         fixed = fixed / devices + 4 * parameters
     logits = model.positions * model.vocabulary * (6 if is_bf16 else 4)
@@ -130,9 +121,9 @@ def training_memory(config: RunConfig, micro_batch: int, is_compiled: bool, devi
 def training_cost(config: RunConfig, scale: Scale) -> dict[str, Any]:
     """Parameters, steps, FLOPs, memory of one device, disk and hours of one training run."""
     if isinstance(config.task, OracleTask):
-        oracle, *image = oracle_and_image(config, config.task)
+        oracle, *image = speed.oracle_and_image(config, config.task)
         return network_cost(oracle, image, config.images, scale) | {"steps": config.steps}
-    parameters, flops, ema = parameters_of(config), training_flops(config) * config.images, bool(config.optim.ema)
+    parameters, flops, ema = speed.parameters_of(config), speed.training_flops(config) * config.images, bool(config.optim.ema)
     share = -(-config.batch // scale.gpus)
     micro = min(config.micro_batch or share, share)
     memory = {"memory_gib": training_memory(config, micro, config.compile != "off", scale.gpus) / GIB}
@@ -171,12 +162,12 @@ def sampling_flops(model: GPTConfig, config: SampleConfig) -> float:
     """FLOPs of a sample set: one slot a step with the KV cache, the whole prefix with the full forward, all slots with a masked model."""
     positions, rows = model.positions, 2 if config.guidance > 1 else 1
     if config.method[0] in METHODS:
-        return unmasking_flops(model, config) * rows * config.images
-    whole = forward_flops(model, positions)
+        return speed.unmasking_flops(model, config) * rows * config.images
+    whole = speed.forward_flops(model, positions)
     per_row = float(whole)
     if config.sampler == "full-forward" and positions > 1:  # without the head, F(t) = a t + b t²: two counts give the sum over all prefixes
         head = 2 * model.dim * model.vocabulary
-        first, last = forward_flops(model, 1) - head, whole - head * positions
+        first, last = speed.forward_flops(model, 1) - head, whole - head * positions
         b = (last - positions * first) / (positions * (positions - 1))
         a = first - b
         per_row = a * positions * (positions + 1) / 2 + b * positions * (positions + 1) * (2 * positions + 1) / 6 + head * positions
@@ -212,17 +203,17 @@ def sampling_cost(model: GPTConfig, config: SampleConfig, scale: Scale) -> dict[
 
 def likelihood_cost(config: RunConfig, images: int, orders: int, scale: Scale) -> dict[str, Any]:
     """Exact NLL: one forward pass an image and order, of a masked model one for each token."""
-    model, passes = config.model, float(forward_flops(config.model, config.model.positions))
+    model, passes = config.model, float(speed.forward_flops(config.model, config.model.positions))
     if isinstance(config.task, MaskedTask):
-        images, passes = min(images, MASKED_IMAGES), float(model.positions * (masked_flops(model) + 2 * model.dim * model.vocabulary))
+        images, passes = min(images, MASKED_IMAGES), float(model.positions * (speed.masked_flops(model) + 2 * model.dim * model.vocabulary))
     flops = passes * images * orders
-    return {"parameters": parameters_of(config), "images": images, "orders": orders, "pflop": flops / 1e15, **_hours(flops, scale)}
+    return {"parameters": speed.parameters_of(config), "images": images, "orders": orders, "pflop": flops / 1e15, **_hours(flops, scale)}
 
 
 def network_cost(network: nn.Module, inputs: Sequence[Tensor], images: int, scale: Scale) -> dict[str, Any]:
     """Training a network (on meta, `inputs` for one image) that is no GPT, for so many images seen."""
     parameters = sum(p.numel() for p in network.parameters())
-    flops = 3 * network_flops(network, *inputs) * images
+    flops = 3 * speed.network_flops(network, *inputs) * images
     return {
         "parameters": parameters,
         "images": images,
@@ -264,12 +255,9 @@ def _training(scale: Scale) -> Table:
     for label, run, epochs, steps, hours, overhead in SOURCE_COSTS:
         cost = training_cost(resolve(run or "orderhead-exp3", scale.name), scale)
         span = [1.0] if run else [20 / 300, 1.0]  # of the recipe's length: its fine-tunes took 20 to 300 epochs
-        ours = [
-            "–".join(f"{cost['steps'] * part:,.0f}" for part in span),
-            "–".join(f"{cost['training_pflop'] * part:,.3g}" for part in span),
-            "–".join(_time(cost["hours"] * part) for part in span),
-            f"{cost['memory_gib']:.1f}" if run else "",
-        ]
+        shapes = (("steps", "{:,.0f}".format), ("training_pflop", "{:,.3g}".format), ("hours", _time))
+        ours = ["–".join(text(cost[name] * part) for part in span) for name, text in shapes]
+        ours.append(f"{cost['memory_gib']:.1f}" if run else "")
         rows.append([label, epochs, steps, hours, *ours, overhead])
     headings = ["method", "epochs", "study's steps", "study's wall time", "steps", "PFLOP", "time", "GiB a device", "extra overhead"]
     return _table(scale, "Training cost", headings, rows)
@@ -277,15 +265,9 @@ def _training(scale: Scale) -> Table:
 
 def _inference(scale: Scale) -> Table:
     model = scale.model
-    plain, full, learned, masked = (
-        SampleConfig.model_validate({"sampler": sampler, "order": order, "images": 1})
-        for sampler, order in (
-            ("kv-cache", "raster"),
-            ("full-forward", "raster"),
-            ("semifast-8", LEARNED),
-            (f"unmask-random-{UNMASKING_STEPS}", "random"),
-        )
-    )
+    plain, full = (SampleConfig(sampler=sampler, images=1) for sampler in ("kv-cache", "full-forward"))
+    learned = SampleConfig(sampler="semifast-8", order=LEARNED, images=1)
+    masked = SampleConfig(sampler=f"unmask-random-{UNMASKING_STEPS}", order="random", images=1)
     cached, prefixes = sampling_flops(model, plain), sampling_flops(model, full)
     images, beside = decoded_images(learned), passes_beside(learned, model.positions)  # a draft and eight candidates; each scored by a pass
     names = [label for label, _ in SOURCE_INFERENCE]
@@ -293,7 +275,7 @@ def _inference(scale: Scale) -> Table:
         (0, "KV cache", cached, 1),
         (1, "full forward", prefixes, 1),
         (1, "KV cache", cached, 1),
-        (2, "full forward", prefixes * images + forward_flops(model, model.positions) * beside, images),
+        (2, "full forward", prefixes * images + speed.forward_flops(model, model.positions) * beside, images),
         (2, "KV cache", sampling_flops(model, learned), images),
         (3, f"{UNMASKING_STEPS} steps", sampling_flops(model, masked), 1),
     ]
