@@ -1,6 +1,7 @@
 """The command line: verbs, flags, and one clear line with exit status 2 for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from orderlab import cli
 from orderlab.runtime.run import RunFolder
 from orderlab.study import catalog
+from orderlab.verbs import print_table
 
 GOLDEN = Path(__file__).parent / "golden" / "flags.json"
 
@@ -120,6 +122,21 @@ def test_list_is_json_with_every_row(capsys: pytest.CaptureFixture[str], tmp_pat
     assert entries[0]["source"] == {"FID-5K": 25.4, "sFID": 66.33, "IS": 49.18, "precision": 0.672, "recall": 0.471}
     assert entries[0]["state"] == "stopped 25%"
     assert entries[-1]["state"] == "-"
+
+
+def test_a_table_wraps_on_a_terminal_and_is_one_line_a_row_elsewhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("a", "1.5", "word " * 20), ("[bold]b", "10.25", "")]
+    print_table(rows, ("name", "number", "note"), right=[1], indent=2)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == ["  name     number  note", f"  a           1.5  {'word ' * 20}".rstrip(), "  [bold]b   10.25"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table(rows, ("name", "number", "note"), right=[1], indent=2)
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) > 4
+    assert max(map(len, lines)) <= 40
 
 
 def test_coverage_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

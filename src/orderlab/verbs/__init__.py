@@ -106,8 +106,7 @@ def print_table(rows: Iterable[Sequence[str]], headings: Sequence[str] = (), rig
     """Aligned columns, those in `right` to the right: cells wrap on a terminal; elsewhere it is plain text, each row one line however long."""
     lines = list(rows)
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=10_000)
+    console.width = console.width - indent if console.is_terminal else 10_000
     table = Table(box=None, pad_edge=False, show_header=bool(headings), header_style="bold")
     for column in range(max(map(len, [headings, *lines]))):
         heading = headings[column] if headings else ""

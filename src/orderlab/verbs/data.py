@@ -152,8 +152,7 @@ def bench_sample(
 
     sizes = numbers(batches, "--batches", 1)
     found = run(model, sizes, precisions.split(","), slot=slot, repeats=repeats, has_full_forward=full_forward, out=out, quiet=json)
-    if json:
-        show(found, json)
+    show(found, json)
 
 
 def bench_train(
@@ -168,9 +167,8 @@ def bench_train(
     """What random orders, the target embedding, masks and an OrderHead cost in training, against raster's step."""
     from orderlab.bench.training import run
 
-    found = run(model, batch, orders, precision, repeats=repeats, out=out or flags.RUNS / "bench" / f"train-{model}.json", quiet=json)
-    if json:
-        show(found, json)
+    out = out or flags.RUNS / "bench" / f"train-{model}.json"
+    show(run(model, batch, orders, precision, repeats=repeats, out=out, quiet=json), json)
 
 
 def bench_gpu(
@@ -186,8 +184,7 @@ def bench_gpu(
 
     sizes = {"sampling": numbers(sampling, "--sampling", 1), "training": numbers(training, "--training", 1)}
     found = run(model, **sizes, minutes=minutes, out=out, say=(lambda line: None) if json else print)
-    if json:
-        show(found, json)
+    show(found, json)
 
 
 def tokenizer_train(

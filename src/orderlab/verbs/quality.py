@@ -180,6 +180,4 @@ def bench_metrics(
     """Seconds and memory of the metrics on one core, beside scipy's sqrtm in the same run."""
     from orderlab.bench.training import run_metrics as run
 
-    result = run(samples, width, repeats=repeats, stream=stream, has_scipy=scipy, out=out, quiet=json)
-    if json:
-        show(result, json)
+    show(run(samples, width, repeats=repeats, stream=stream, has_scipy=scipy, out=out, quiet=json), json)

@@ -41,8 +41,7 @@ def reproduce(
 
         plan = module.Plan(chosen, known, runs, seed, data, start, placed(tokenizer), reference)
         page = module.run(plan, Console(quiet=json))
-        if json:
-            say({"report": str(page) if page else None}, json)
+        say({"report": str(page) if page else None}, json)
         return leave_if_stopped()
     costs = module.dry_run(chosen, known, seed)
     if say(costs, json, f"scale {scale}: {known.description}"):
@@ -61,21 +60,15 @@ def list_rows(
 ) -> None:
     """Every row of the catalogue: the study's number, its run, and the state of the local run."""
     study.use(catalog)
-    rows, entries = study.rows_at(study.scale_named(scale)), []
+    rows, entries, lines = study.rows_at(study.scale_named(scale)), [], []
+    numbers = ["FID-5K", "sFID", *dict.fromkeys(name for row in rows for name in row.source.columns)]
     for row in rows:
-        entry = {"row": row.id, "dataset": row.dataset, "run": row.run, "order": row.order, "sampler": row.sampler}
-        entry |= {"source": row.source.printed(), "state": _state(runs / f"{row.run}@{scale}" / f"seed{seed}" / "status.json")}
-        entries.append(entry | {"units": study.RECIPES[row.run].units, "images": study.resolve(row.run, scale, seed).images})
-    own = list(dict.fromkeys(name for row in rows for name in row.source.columns))
-    numbers = ["FID-5K", "sFID", *own]
-    lines = [
-        (
-            *(entry["row"], entry["run"], entry["order"]),
-            *("" if (value := entry["source"].get(name)) is None else f"{value:.2f}" for name in numbers),
-            *(f"{entry['images']:,}", entry["state"]),
-        )
-        for entry in entries
-    ]
+        printed, images = row.source.printed(), study.resolve(row.run, scale, seed).images
+        state = _state(runs / f"{row.run}@{scale}" / f"seed{seed}" / "status.json")
+        entry = {"row": row.id, "dataset": row.dataset, "run": row.run, "order": row.order, "sampler": row.sampler, "source": printed}
+        entries.append(entry | {"state": state, "units": study.RECIPES[row.run].units, "images": images})
+        cells = [f"{printed[name]:.2f}" if name in printed else "" for name in numbers]
+        lines.append((row.id, row.run, row.order, *cells, f"{images:,}", state))
     if say(entries, json):
         print_table(lines, ("row", "run", "order", *numbers, f"images@{scale}", "state"), right=range(3, 4 + len(numbers)))
 
@@ -217,7 +210,7 @@ def cost(
     tables = study_tables(known) if table else run_table(known)
     if say(tables, json):
         for number, found in enumerate(tables):
-            print(f"{chr(10) if number else ''}{found['title']}")
+            print("\n" * (number > 0) + found["title"])
             print_table(found["rows"], found["headings"])
             print(found["note"])
 
