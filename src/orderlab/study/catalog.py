@@ -716,7 +716,8 @@ def use(file: Path | None = None, run: Path | None = None) -> None:
         register(name, function)
         _added.callback(PATHS.pop, name)
     for row in study.ROWS:
-        _add(place, "row", {known.id: known for known in ROWS}, {row.id: row})
+        if any(row.id == known.id for known in ROWS):
+            raise UserError(f"{place}: row '{row.id}' exists already; give yours another name")
         if row.run not in RECIPES:
             raise UserError(f"{place}: row '{row.id}': {nearest(row.run, RECIPES, 'run')}")
         ROWS.append(row)
@@ -754,8 +755,8 @@ def _add(file: Path, kind: str, known: dict[str, Any], new: dict[str, Any]) -> N
 def _remembered(run: Path) -> dict[str, str]:
     from orderlab.runtime.files import read_json
 
-    file = next((folder / MEMORY for folder in (run, run.parent.parent) if (folder / MEMORY).is_file()), None)
-    found = read_json(file) if file else {}
+    file = (run.parent.parent if run.parent.name == "samples" else run) / MEMORY
+    found = read_json(file) if file.is_file() else {}
     return found if isinstance(found.get("file"), str) else {}
 
 
