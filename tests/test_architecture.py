@@ -139,7 +139,7 @@ def test_the_catalogue_needs_no_torch() -> None:
 def test_public_names() -> None:
     import orderlab
 
-    assert sorted(orderlab.__all__) == ["GPT", "coverage", "frechet_distance", "generate", "load_gpt", "load_run", "nll", "path"]
+    assert sorted(orderlab.__all__) == ["GPT", "coverage", "frechet_distance", "generate", "inpaint", "load_gpt", "load_run", "nll", "path"]
     assert all(callable(getattr(orderlab, name)) for name in orderlab.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'foo'"):
         orderlab.foo  # noqa: B018

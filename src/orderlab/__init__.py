@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from orderlab.order.coverage import coverage
     from orderlab.order.paths import path
     from orderlab.sampling.generate import generate
+    from orderlab.sampling.parallel import inpaint
     from orderlab.study.hub import load_run
 
-__all__ = ["GPT", "coverage", "frechet_distance", "generate", "load_gpt", "load_run", "nll", "path"]
+__all__ = ["GPT", "coverage", "frechet_distance", "generate", "inpaint", "load_gpt", "load_run", "nll", "path"]
 
 _HOMES = {
     "GPT": "orderlab.models.gpt",
     "coverage": "orderlab.order.coverage",
     "frechet_distance": "orderlab.evaluate.distances",
     "generate": "orderlab.sampling.generate",
+    "inpaint": "orderlab.sampling.parallel",
     "load_gpt": "orderlab.models.weights",
     "load_run": "orderlab.study.hub",
     "nll": "orderlab.evaluate.likelihood",

@@ -29,10 +29,6 @@ from orderlab.config import PeersLost, UserError
 from orderlab.runtime.console import is_main_process
 from orderlab.study import catalog
 from orderlab.verbs import data, flag_error, quality, runs, study
-from orderlab.verbs import data as tools
-from orderlab.verbs import runs as oracle
-from orderlab.verbs import study as cluster
-from orderlab.verbs import study as hub
 
 VERBS: dict[str, Callable[..., None]] = {
     "reproduce": study.reproduce,
@@ -40,6 +36,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "show": study.show,
     "train": runs.train,
     "sample": runs.sample,
+    "inpaint": runs.inpaint,
     "nll": runs.nll,
     "score": quality.score,
     "compare": quality.compare,
@@ -49,25 +46,25 @@ VERBS: dict[str, Callable[..., None]] = {
     "reference": quality.reference,
     "reference verify": quality.reference_verify,
     "weights inception": quality.weights_inception,
-    "launch": cluster.launch,
-    "cost": cluster.cost,
-    "hub import": hub.hub_import,
-    "hub export": hub.hub_export,
-    "hub push": hub.hub_push,
-    "oracle train": oracle.oracle_train,
-    "oracle importance": oracle.oracle_importance,
-    "coverage": tools.coverage,
-    "bench sample": tools.bench_sample,
-    "bench train": tools.bench_train,
-    "bench gpu": tools.bench_gpu,
+    "launch": study.launch,
+    "cost": study.cost,
+    "hub import": study.hub_import,
+    "hub export": study.hub_export,
+    "hub push": study.hub_push,
+    "oracle train": runs.oracle_train,
+    "oracle importance": runs.oracle_importance,
+    "coverage": data.coverage,
+    "bench sample": data.bench_sample,
+    "bench train": data.bench_train,
+    "bench gpu": data.bench_gpu,
     "bench metrics": quality.bench_metrics,
-    "tokenizer train": tools.tokenizer_train,
-    "tokenizer evaluate": tools.tokenizer_evaluate,
+    "tokenizer train": data.tokenizer_train,
+    "tokenizer evaluate": data.tokenizer_evaluate,
     "tokenize imagenet": data.tokenize_imagenet,
     "tokens check": data.tokens_check,
     "tokens import": data.tokens_import,
-    "features train": tools.features_train,
-    "data fashion-subset": tools.data_fashion_subset,
+    "features train": data.features_train,
+    "data fashion-subset": data.data_fashion_subset,
 }
 
 
@@ -158,17 +155,15 @@ def split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
 def call(verb: str, arguments: list[str]) -> None:
     """Parse the flags of a verb and run it; tyro's boxed complaint becomes one line."""
     function, complaint = VERBS[verb], io.StringIO()
-    parsed: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     try:
         with contextlib.redirect_stderr(complaint):
-            bound = tyro.cli(_deferred(function), prog=f"orderlab {verb}", args=arguments, config=(FlagCreatePairsOff,))
-            parsed.append(bound)
+            positional, named = tyro.cli(_deferred(function), prog=f"orderlab {verb}", args=arguments, config=(FlagCreatePairsOff,))
     except SystemExit as stop:
         if stop.code in (0, None):
             return
         raise UserError(one_line(complaint.getvalue(), verb)) from None
     try:
-        positional, named = validate_call(_deferred(function))(*parsed[0][0], **parsed[0][1])
+        positional, named = validate_call(_deferred(function))(*positional, **named)
     except ValidationError as error:
         raise flag_error(error) from None
     try:
@@ -176,9 +171,8 @@ def call(verb: str, arguments: list[str]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory|not enough memory", str(error)):
             raise
-        raise UserError(
-            f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'the host'}); {memory_advice(named)}"
-        ) from None
+        reason = str(error).splitlines()[0][:120] if str(error) else "the host"
+        raise UserError(f"out of memory ({reason}); {memory_advice(named)}") from None
 
 
 def memory_advice(named: dict[str, Any]) -> str:
@@ -205,8 +199,7 @@ def one_line(complaint: str, verb: str) -> str:
     body = re.sub(r"^\W+", "", complaint.split("\n", 1)[-1])  # below the title, whose frame depends on the terminal
     lines = [line.strip(" │|") for line in body.splitlines()]
     text = re.sub(r"\s+", " ", " ".join(itertools.takewhile(lambda line: re.search(r"\w", line), lines)))
-    unknown = re.search(r"Unrecognized options: (--[\w-]+)", text)
-    if unknown:
+    if unknown := re.search(r"Unrecognized options: (--[\w-]+)", text):
         flag = unknown[1].replace("_", "-")
         known = [f"--{name.replace('_', '-')}" for name in inspect.signature(VERBS[verb]).parameters]
         near = difflib.get_close_matches(flag, known, n=1, cutoff=0.3)
@@ -219,15 +212,8 @@ def overview() -> str:
     """The verbs, one line each."""
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {(function.__doc__ or '').splitlines()[0]}" for verb, function in VERBS.items()]
-    return "\n".join(
-        [
-            "orderlab: a laboratory for token order in autoregressive image generation",
-            "",
-            *lines,
-            "",
-            "orderlab VERB --help tells its flags",
-        ]
-    )
+    title = "orderlab: a laboratory for token order in autoregressive image generation"
+    return "\n".join([title, "", *lines, "", "orderlab VERB --help tells its flags"])
 
 
 if __name__ == "__main__":

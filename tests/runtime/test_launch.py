@@ -13,7 +13,7 @@ from orderlab.config import RunConfig, UserError
 from orderlab.runtime.dist import Settings, sbatch_script, submit
 from orderlab.runtime.run import RunFolder
 from orderlab.study import catalog
-from orderlab.study.reproduce import job_plans
+from orderlab.study.reproduce import Plan, job_plans
 from orderlab.training.loop import run
 from tests.training.test_loop import assert_same_to_the_bit
 
@@ -90,11 +90,11 @@ def test_a_sweep_over_rows_and_seeds_is_one_array(capsys: pytest.CaptureFixture[
 
 def test_rows_that_could_not_run_side_by_side_share_a_job() -> None:
     smoke = catalog.scale_named("smoke")
-    plans = job_plans(list(catalog.ROWS), smoke, Path("runs"), 0)
+    plans = job_plans(Plan(list(catalog.ROWS), smoke, Path("runs"), 0))
     assert sum(len(plan.rows) for plan in plans) == len(catalog.ROWS)
     together = next(plan for plan in plans if any(row.run == "finetune-all" for row in plan.rows))
     assert {"finetune-last-4", "pretrained"} <= {row.run for row in together.rows}  # all start from the same other half
-    paper = job_plans(list(catalog.ROWS), catalog.scale_named("paper"), Path("runs"), 0)
+    paper = job_plans(Plan(list(catalog.ROWS), catalog.scale_named("paper"), Path("runs"), 0))
     assert len(paper) > len(plans)  # there each starts from LlamaGen's file
 
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from orderlab.data.prepare import tokenizer
 from safetensors import safe_open
 
 from orderlab.data.fashion import load_fashion, to_unit_range
+from orderlab.data.tokens import tokenizer
 from orderlab.evaluate.networks import load_fashion_cnn
 from orderlab.models.vq import load_vq, tokenizer_hash
 from orderlab.models.weights import weights_hash

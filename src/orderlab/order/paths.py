@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orderlab.config import MOST_SIDE, UserError
+from orderlab.config import MOST_SIDE, PATHLESS, UserError, reading
 
 Cells = Iterable[tuple[int, int]]
 
@@ -129,6 +129,24 @@ def path(name: str, height: int, width: int, seed: int = 0) -> Tensor:
     if base == "random":
         return torch.from_numpy(np.random.RandomState(seed).permutation(height * width))
     return torch.tensor([r * width + c for r, c in PATHS[base](height, width)])
+
+
+def register(name: str, function: Callable[[int, int], Any]) -> None:
+    """Make `function(height, width) -> positions [P]` known as the order `name`; `path` checks what it returns when it is asked for.
+
+    Raises `UserError` for a name that an order has already.
+    """
+    if name in (*PATHS, "random", *PATHLESS):
+        raise UserError(f"order '{name}' exists already; give yours another name")
+
+    def cells(height: int, width: int) -> Cells:
+        with reading(f"order '{name}' on {height}x{width}", "expected a function (height, width) -> grid positions"):
+            positions = np.asarray(function(height, width))
+        if positions.ndim != 1 or sorted(positions.tolist()) != list(range(height * width)):
+            raise UserError(f"order '{name}' is no permutation of the {height * width} positions of a {height}x{width} grid")
+        return [divmod(int(position), width) for position in positions]
+
+    PATHS[name] = cells
 
 
 def parse_order_name(name: str, seed: int = 0) -> tuple[str, int]:

@@ -297,7 +297,7 @@ def inpaint(
     not fit.
     """
     positions = model.config.positions
-    tokens_BP, keep_BP = torch.as_tensor(tokens), torch.as_tensor(keep)
+    classes, tokens_BP, keep_BP = torch.as_tensor(classes), torch.as_tensor(tokens), torch.as_tensor(keep)
     if keep_BP.dtype != torch.bool or keep_BP.shape[-1] != positions or keep_BP.dim() > 2:
         raise UserError(
             f"keep has shape {tuple(keep_BP.shape)} and type {keep_BP.dtype}; expected booleans [{positions}] or [B, {positions}]"

@@ -2,17 +2,24 @@
 
 A *row* is `<table>/<row>` of the study and carries its numbers. A *recipe* says what is different about a training run that
 rows share; a *scale* says how big. `resolve` turns the two into one `RunConfig`. Recipes count in units: one unit is 300
-epochs of ImageNet-100 at paper scale, and what a scale says elsewhere. Nothing here imports torch.
+epochs of ImageNet-100 at paper scale, and what a scale says elsewhere. A user's own study is a file of the same literals,
+which `use` adds to these (docs/your_own_study.md). Nothing here imports torch, but for a file that brings orders of its own.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orderlab.config import (
     LEARNED,
@@ -35,7 +42,12 @@ from orderlab.config import (
     StartConfig,
     Task,
     UserError,
+    reading,
 )
+
+WORD = "[A-Za-z0-9][A-Za-z0-9._-]*"
+Name = Annotated[str, Field(pattern=f"^{WORD}$")]
+RowId = Annotated[str, Field(pattern=f"^{WORD}/{WORD}$")]
 
 
 @dataclass(frozen=True)
@@ -49,24 +61,20 @@ class Source:
     recall: float | None = None
     loss: float | None = None
     """Training loss at the end of the last phase, in nats a token."""
+    columns: dict[str, float] = field(default_factory=dict, hash=False)
+    """Further numbers, each under the heading that it has in lists and reports."""
 
     def printed(self) -> dict[str, float]:
-        names = {
-            "FID-5K": self.fid,
-            "sFID": self.sfid,
-            "IS": self.inception_score,
-            "precision": self.precision,
-            "recall": self.recall,
-            "training loss": self.loss,
-        }
-        return {name: value for name, value in names.items() if value is not None}
+        values = (self.fid, self.sfid, self.inception_score, self.precision, self.recall, self.loss)
+        named = dict(zip(("FID-5K", "sFID", "IS", "precision", "recall", "training loss"), values)) | self.columns
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Row:
     """One row: a run, the order it is generated in, the sampler, and the study's numbers."""
 
-    id: str
+    id: RowId
     dataset: str
     run: str
     order: str
@@ -151,7 +159,7 @@ class Recipe:
 class Scale:
     """How big: data, model, batch, learning rate, the length of one unit, and the images sampled for each row."""
 
-    name: str
+    name: Name
     description: str
     data: DataConfig
     model: GPTConfig
@@ -209,7 +217,7 @@ TABLES = {
 }
 
 # fmt: off
-ROWS: tuple[Row, ...] = (
+ROWS: list[Row] = [
     # Section 2: one raster-trained GPT-B, 5K samples at guidance 2.0; only the inference order differs.
     Row("2-in100/raster-baseline",          "IN-100", "raster-300", "raster",        Source(25.40, 66.33, 49.18, 0.672, 0.471)),
     Row("2-in100/raster-heuristic-sampler", "IN-100", "raster-300", "raster",        Source(25.63, 66.15), sampler="full-forward"),
@@ -304,7 +312,7 @@ ROWS: tuple[Row, ...] = (
         for kind in ("random", "confidence", "halton")
         for steps in (8, 16, 32, 64)
     ),
-)
+]
 
 RECIPES: dict[str, Recipe] = {
     "raster-300":         Recipe(FixedOrder(order="raster")),
@@ -348,20 +356,12 @@ RECIPES: dict[str, Recipe] = {
     # Section 8.
     "masked":             Recipe(RandomOrder(), task=MaskedTask()),
 }
-# fmt: on
 
 # The study's "Training Cost Comparison" (its Section 7): epochs, steps, wall time on 4×H100, extra overhead, as printed.
 SOURCE_COSTS = (
     ("Raster 300ep", "raster-300", "300", "~148K", "~3.8 hours", "None"),
     ("RAR 300ep", "rar-300", "300", "~148K", "~3.8 hours", "ta_pos_table (256×768 = 197K params), per-step permutation sampling"),
-    (
-        "OrderHead finetune",
-        None,
-        "20–300",
-        "10K–148K",
-        "0.3–3.8 hours",
-        "OrderHead forward/backward (3.46M params), O(L²) generation during eval",
-    ),
+    ("OrderHead finetune", None, "20–300", "10K–148K", "0.3–3.8 hours", "OrderHead forward/backward (3.46M params), O(L²) generation during eval"),
 )
 # Its "All Methods at a Glance" (Section 7): method, our row, cost and trainable parameters as printed; then ours.
 SOURCE_GLANCE = (
@@ -378,13 +378,7 @@ SOURCE_GLANCE = (
 )
 # Its "All Baselines for Context" (Section 5): model, our row, training, FID-5K and note as printed; then ours.
 SOURCE_BASELINES = (
-    (
-        "Raster baseline (c2i_B_256.pt)",
-        "ours-finetune/c2i-0-epochs",
-        "300ep IN-1K pretrained, 0ep IN-100",
-        25.40,
-        "Not trained on IN-100 at all",
-    ),
+    ("Raster baseline (c2i_B_256.pt)", "ours-finetune/c2i-0-epochs", "300ep IN-1K pretrained, 0ep IN-100", 25.40, "Not trained on IN-100 at all"),
     ("Raster 300ep from scratch", "5-fair/raster-300", "300ep from scratch on IN-100", 25.40, "Fair raster baseline (matches pretrained)"),
     ("RAR 300ep from scratch", "5-fair/rar-300", "300ep from scratch on IN-100", 19.61, "Fair comparison, 23% better FID"),
     ("RAR 400ep", "5-ablation/rar-400", "400ep from scratch on IN-100", 18.94, "33% more epochs than baselines"),
@@ -407,6 +401,8 @@ SOURCE_INFERENCE = (
     ("OrderHead semifast-8", "O(8 × L²)"),
     ("MAR", "O(T·L)"),
 )
+# fmt: on
+
 H100_TFLOPS, H100_TBS = 989, 3.35  # dense bf16 and memory, by the vendor's data sheet
 UTILISATION = 0.35  # assumed of a well-compiled run, not measured
 
@@ -422,126 +418,60 @@ GPT_L, GPT_XL = GPT_B.edited(layers=24, heads=16, dim=1024), GPT_B.edited(layers
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of headline rows
 C2I_B = "c2i_B_256.pt"  # LlamaGen's GPT-B after 300 epochs of ImageNet-1K
 
-SCALES: dict[str, Scale] = {
-    scale.name: scale
-    for scale in (
-        Scale(
-            "smoke",
-            "2,000 images of the embedded subset and a tiny model: every row end to end in minutes, no meaning in the numbers",
-            data=FASHION.edited(train_images=2000, validation_images=1000),
-            model=TINY,
-            unit_images=1280,
-            batch=64,
-            optim=OptimConfig(lr=3e-3),
-            sample_images=160,
-            sample_batch=160,
-            precision="fp32",
-            other_half=FASHION.edited(train_images=2000, skip_images=2000, validation_images=1000),
-            order_head=OrderHeadConfig(dim=16, layers=1, heads=2, mlp_dim=32),
-            oracle=OracleTask(layers=2, heads=2, dim=32, mlp_dim=64),
-        ),
-        Scale(
-            "demo",
-            "the embedded subset of Fashion-MNIST (10,000 images, 8×8 tokens), 48,000 images seen by a model of about 1M parameters",
-            data=FASHION.edited(validation_images=1500),  # of 5,000: likelihoods in a third of the time
-            model=ABOUT_1M.edited(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0),  # under ten epochs: it underfits
-            unit_images=48_000,
-            batch=32,
-            optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_images=3_200),  # the one scale that anneals its rate: minutes must do
-            sample_images=500,
-            sample_batch=250,
-            precision="fp32",  # faster than autocast at this size on a CPU
-            validate_every=24_000,
-            checkpoint_every=24_000,
-            other_half=FASHION.edited(train_images=5000),
-            finetune={"data": {"skip_images": 5000}},  # the half that the pretrained model has not seen
-            order_head=HEAD_FOR_1M,
-            oracle=ORACLE_FOR_1M,
-        ),
-        Scale(
-            "toy",
-            "2,000 images of the embedded subset (8×8 tokens), a model of about 1M parameters, 40 epochs a unit: raster begins to memorise",
-            data=FASHION.edited(train_images=2000),
-            model=ABOUT_1M,
-            unit_images=80_000,
-            batch=32,
-            optim=OptimConfig(lr=1e-3),
-            sample_images=1000,
-            sample_batch=250,
-            precision="fp32",
-            validate_every=10_000,
-            checkpoint_every=5_000,
-            other_half=FASHION.edited(train_images=2000, skip_images=2000),
-            order_head=HEAD_FOR_1M,
-            oracle=ORACLE_FOR_1M,
-            has_ema_rows=True,
-        ),
-        Scale(
-            "small",
-            "all of Fashion-MNIST (60,000 images, 16×16 tokens), a model of about 10M parameters, 60 epochs a unit",
-            data=FASHION.edited(tokenizer=FASHION_16, folder="fashion-mnist"),
-            model=ABOUT_10M,
-            unit_images=3_600_000,
-            batch=128,
-            optim=OptimConfig(lr=6e-4),
-            sample_images=5000,
-            sample_batch=250,
-            validate_every=60_000,
-            checkpoint_every=60_000,
-            hardware="1 GPU",
-            sustained_tflops=20,
-            memory_tbs=0.5,
-            compile="step",
-            other_half=FASHION.edited(tokenizer=FASHION_16, folder="fashion-mnist", train_images=30_000),
-            finetune={"data": {"skip_images": 30_000}},
-            order_head=OrderHeadConfig(dim=128, layers=3, heads=4, mlp_dim=512),
-            oracle=OracleTask(layers=6, heads=6, dim=192, mlp_dim=768),
-            has_ema_rows=True,
-        ),
-        Scale(
-            "paper",
-            "ImageNet-100 (126,689 images), LlamaGen VQ-16 codes (16×16 of 16,384), GPT-B, 300 epochs a unit: the study's own",
-            data=DataConfig(source="imagenet", tokenizer="vq_ds16_c2i.pt"),
-            model=GPT_B,
-            unit_images=300 * 126_689,
-            batch=256,
-            optim=OptimConfig(lr=1e-4),
-            sample_images=5000,
-            sample_batch=64,
-            validate_every=10 * 126_689,
-            checkpoint_every=2 * 126_689,
-            hardware=f"4×H100, {UTILISATION:.0%} of their peak",
-            sustained_tflops=4 * H100_TFLOPS * UTILISATION,
-            memory_tbs=4 * H100_TBS * 0.5,
-            gpus=4,
-            compile="step",
-            pretrained=C2I_B,
-            finetune={"model": {"classes": 1000}, "data": {"classes": "imagenet-1k"}},  # labels take their rows of the 1,000, by WordNet id
-            has_ema_rows=True,
-        ),
-        Scale(
-            "paper-1k",
-            "ImageNet-1K (1,281,167 images), LlamaGen VQ-16 codes, GPT-B, 300 epochs a unit",
-            data=DataConfig(source="imagenet", tokenizer="vq_ds16_c2i.pt"),
-            model=GPT_B.edited(classes=1000),
-            unit_images=300 * 1_281_167,
-            batch=256,
-            optim=OptimConfig(lr=1e-4),
-            sample_images=5000,
-            sample_batch=64,
-            validate_every=10 * 1_281_167,
-            checkpoint_every=1_281_167 // 4,
-            hardware=f"4×H100, {UTILISATION:.0%} of their peak",
-            sustained_tflops=4 * H100_TFLOPS * UTILISATION,
-            memory_tbs=4 * H100_TBS * 0.5,
-            gpus=4,
-            compile="step",
-            pretrained=C2I_B,
-            released_run="pretrained",
-            has_ema_rows=True,
-        ),
-    )
-}
+# fmt: off
+SCALES: dict[str, Scale] = {scale.name: scale for scale in (
+    Scale("smoke", "2,000 images of the embedded subset and a tiny model: every row end to end in minutes, no meaning in the numbers",
+          data=FASHION.edited(train_images=2000, validation_images=1000),
+          model=TINY, unit_images=1280, batch=64, optim=OptimConfig(lr=3e-3), precision="fp32",
+          sample_images=160, sample_batch=160,
+          other_half=FASHION.edited(train_images=2000, skip_images=2000, validation_images=1000),
+          order_head=OrderHeadConfig(dim=16, layers=1, heads=2, mlp_dim=32),
+          oracle=OracleTask(layers=2, heads=2, dim=32, mlp_dim=64)),
+    Scale("demo", "the embedded subset of Fashion-MNIST (10,000 images, 8×8 tokens), 48,000 images seen by a model of about 1M parameters",
+          data=FASHION.edited(validation_images=1500),  # of 5,000: likelihoods in a third of the time
+          model=ABOUT_1M.edited(token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0),  # under ten epochs: it underfits
+          unit_images=48_000, batch=32, precision="fp32",  # faster than autocast at this size on a CPU
+          optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_images=3_200),  # the one scale that anneals its rate: minutes must do
+          validate_every=24_000, checkpoint_every=24_000, sample_images=500, sample_batch=250,
+          other_half=FASHION.edited(train_images=5000),
+          finetune={"data": {"skip_images": 5000}},  # the half that the pretrained model has not seen
+          order_head=HEAD_FOR_1M, oracle=ORACLE_FOR_1M),
+    Scale("toy", "2,000 images of the embedded subset (8×8 tokens), a model of about 1M parameters, 40 epochs a unit: raster begins to memorise",
+          data=FASHION.edited(train_images=2000),
+          model=ABOUT_1M, unit_images=80_000, batch=32, optim=OptimConfig(lr=1e-3), precision="fp32",
+          validate_every=10_000, checkpoint_every=5_000, sample_images=1000, sample_batch=250,
+          other_half=FASHION.edited(train_images=2000, skip_images=2000),
+          order_head=HEAD_FOR_1M, oracle=ORACLE_FOR_1M, has_ema_rows=True),
+    Scale("small", "all of Fashion-MNIST (60,000 images, 16×16 tokens), a model of about 10M parameters, 60 epochs a unit",
+          data=FASHION.edited(tokenizer=FASHION_16, folder="fashion-mnist"),
+          model=ABOUT_10M, unit_images=3_600_000, batch=128, optim=OptimConfig(lr=6e-4), compile="step",
+          validate_every=60_000, checkpoint_every=60_000, sample_images=5000, sample_batch=250,
+          hardware="1 GPU", sustained_tflops=20, memory_tbs=0.5,
+          other_half=FASHION.edited(tokenizer=FASHION_16, folder="fashion-mnist", train_images=30_000),
+          finetune={"data": {"skip_images": 30_000}},
+          order_head=OrderHeadConfig(dim=128, layers=3, heads=4, mlp_dim=512),
+          oracle=OracleTask(layers=6, heads=6, dim=192, mlp_dim=768), has_ema_rows=True),
+    Scale("paper", "ImageNet-100 (126,689 images), LlamaGen VQ-16 codes (16×16 of 16,384), GPT-B, 300 epochs a unit: the study's own",
+          data=DataConfig(source="imagenet", tokenizer="vq_ds16_c2i.pt"),
+          model=GPT_B, unit_images=300 * 126_689, batch=256, optim=OptimConfig(lr=1e-4), compile="step",
+          validate_every=10 * 126_689, checkpoint_every=2 * 126_689, sample_images=5000, sample_batch=64,
+          hardware=f"4×H100, {UTILISATION:.0%} of their peak", gpus=4,
+          sustained_tflops=4 * H100_TFLOPS * UTILISATION, memory_tbs=4 * H100_TBS * 0.5,
+          pretrained=C2I_B,  # a fine-tune's labels take their rows of the 1,000, by WordNet id
+          finetune={"model": {"classes": 1000}, "data": {"classes": "imagenet-1k"}}, has_ema_rows=True),
+)}
+# fmt: on
+SCALES["paper-1k"] = replace(
+    SCALES["paper"],
+    name="paper-1k",
+    description="ImageNet-1K (1,281,167 images), LlamaGen VQ-16 codes, GPT-B, 300 epochs a unit",
+    model=GPT_B.edited(classes=1000),
+    unit_images=300 * 1_281_167,
+    validate_every=10 * 1_281_167,
+    checkpoint_every=1_281_167 // 4,
+    finetune=None,
+    released_run="pretrained",
+)
 SCALES |= {  # the study's question about size; LlamaGen published no GPT-XL of 16x16 tokens (c2i_XL_384.pt alone), so a fine-tune's start is the user's
     f"{name}-{size}": replace(
         SCALES[name],
@@ -589,7 +519,7 @@ def rows_at(scale: Scale) -> list[Row]:
 
 def rows_named(names: Iterable[str], scale: Scale | None = None) -> list[Row]:
     """Rows by id, by table or by run, in catalogue order, each once; "all" is the whole catalogue. With a scale, as carried out there."""
-    rows = rows_at(scale) if scale else list(ROWS)
+    rows = rows_at(scale) if scale else ROWS
     chosen: set[str] = set()
     for name in names:
         matching = {row.id for row in rows if name in ("all", row.id, row.table, row.run)}
@@ -631,6 +561,9 @@ def row_note(row: Row, scale: Scale) -> str:
     return "; ".join(note for note in notes if note)
 
 
+AS_THE_SCALE = ("batch", "micro_batch", "precision", "compile", "sharding", "validate_every", "checkpoint_every")
+
+
 def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConfig:
     """The config of a run: defaults < recipe < scale < `changes` (fields of RunConfig, or "optim.lr" and the like).
 
@@ -639,6 +572,7 @@ def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConf
     if run not in RECIPES:
         raise nearest(run, RECIPES, "run")
     recipe, scale = RECIPES[run], scale_named(scale_name)
+    told = {"target_embedding": recipe.target_embedding, "target_at_inference": recipe.target_at_inference}
     data = scale.other_half if recipe.is_pretraining else scale.data
     if data is None:
         raise UserError(f"scale {scale.name} has no run {run}: its fine-tunes start from {scale.pretrained}")
@@ -647,24 +581,14 @@ def resolve(run: str, scale_name: str, seed: int = 0, **changes: Any) -> RunConf
         "scale": scale.name,
         "seed": seed,
         "data": data.model_dump(),
-        "model": {
-            **scale.model.model_dump(),
-            "target_embedding": recipe.target_embedding,
-            "target_at_inference": recipe.target_at_inference,
-        },
+        "model": {**scale.model.model_dump(), **told},
         "task": _task(recipe, scale).model_dump(),
         "policy": recipe.policy.model_dump(),
         "optim": scale.optim.model_dump(),
         "start": _start(recipe, scale),
         "trained_blocks": recipe.trained_blocks and min(recipe.trained_blocks, scale.model.layers),
         "images": max(scale.batch, round(recipe.units * scale.unit_images)) if recipe.units else 0,
-        "batch": scale.batch,
-        "micro_batch": scale.micro_batch,
-        "precision": scale.precision,
-        "compile": scale.compile,
-        "sharding": scale.sharding,
-        "validate_every": scale.validate_every,
-        "checkpoint_every": scale.checkpoint_every,
+        **{name: getattr(scale, name) for name in AS_THE_SCALE},
     }
     if recipe.start == "pretrained":
         for section, values in (scale.finetune or {}).items():
@@ -735,14 +659,120 @@ def variants(row: Row, scale: Scale, seed: int = 0) -> list[Variant]:
 
 def sample_config(row: Row, scale: Scale, seed: int = 0) -> SampleConfig:
     """How the row's images are generated at this scale."""
-    return SampleConfig.model_validate(
-        {
-            "order": row.order,
-            "images": scale.sample_images,
-            "batch": scale.sample_batch,
-            "sampler": row.sampler,
-            "target": row.target,
-            "rescore": row.rescore,
-            "seed": seed,
-        }
-    )
+    sizes = {"images": scale.sample_images, "batch": scale.sample_batch, "seed": seed}
+    return SampleConfig(order=row.order, sampler=row.sampler, target=row.target, rescore=row.rescore, **sizes)
+
+
+# A user's own study: a Python file whose ORDERS, TABLES, RECIPES, SCALES and ROWS are added to those above.
+
+VARIABLE = "ORDERLAB_CATALOG"
+MEMORY = "catalog.json"  # in a run folder: the file that the run was trained with, and its SHA-256
+HOW = "expected a Python file of ORDERS, TABLES, RECIPES, SCALES and ROWS (docs/your_own_study.md)"
+
+
+class OwnStudy(BaseModel):
+    """What such a file may define; each is optional."""
+
+    model_config = ConfigDict(revalidate_instances="always", arbitrary_types_allowed=True)
+
+    ORDERS: dict[Name, Callable[[int, int], Any]] = {}
+    """Functions (height, width) -> grid positions [P] by generation step."""
+    TABLES: dict[Name, str] = {}
+    """Titles of the rows' tables; a table without one is called by its name."""
+    RECIPES: dict[Name, Recipe] = {}
+    SCALES: dict[str, Scale] = {}
+    """Each is listed by its own name."""
+    ROWS: list[Row] = []
+
+
+_added = ExitStack()  # takes out of the catalogue what was added
+_added_file: dict[str, str] = {}
+
+
+def use(file: Path | None = None, run: Path | None = None) -> None:
+    """Add a user's own study to the catalogue, in place of the one that was added before.
+
+    It is `file`, else what the variable ORDERLAB_CATALOG names, else what the folder `run` of a run or of its samples remembers,
+    else none. Raises `UserError` for a file that cannot be read, a wrong type and a name that exists.
+    """
+    _added.close()
+    _added_file.clear()
+    named = file or os.environ.get(VARIABLE)
+    remembered = _remembered(run) if run and not named else {}
+    if not named and not Path(remembered.get("file", "")).is_file():
+        return
+    place = Path(named or remembered["file"]).absolute()
+    study = _read(place)
+    _added_file.update(file=str(place), sha256=sha256(place.read_bytes()).hexdigest())
+    if remembered not in ({}, _added_file):
+        print(f"orderlab: {place} was changed after {run} was trained; its orders may mean something else", file=sys.stderr)
+    titles = {row.table: row.table for row in study.ROWS if row.table not in TABLES} | study.TABLES
+    _add(place, "table", TABLES, titles)
+    _add(place, "recipe", RECIPES, study.RECIPES)
+    _add(place, "scale", SCALES, {scale.name: scale for scale in study.SCALES.values()})
+    for name, function in study.ORDERS.items():
+        from orderlab.order.paths import PATHS, register
+
+        register(name, function)
+        _added.callback(PATHS.pop, name)
+    for row in study.ROWS:
+        if any(row.id == known.id for known in ROWS):
+            raise UserError(f"{place}: row '{row.id}' exists already; give yours another name")
+        if row.run not in RECIPES:
+            raise UserError(f"{place}: row '{row.id}': {nearest(row.run, RECIPES, 'run')}")
+        ROWS.append(row)
+        _added.callback(ROWS.remove, row)
+
+
+def _read(file: Path) -> OwnStudy:
+    with reading(file, HOW):
+        try:
+            defined = runpy.run_path(str(file))
+        except SystemExit as error:
+            raise UserError(f"{file} ends with sys.exit({error.code}); {HOW}") from None
+    # A built-in table that the file imported under its own name is none of its literals.
+    given = {name: defined[name] for name in OwnStudy.model_fields if name in defined and defined[name] is not globals().get(name)}
+    if not given:
+        raise UserError(f"{file} defines none of them; {HOW}")
+    try:
+        study = OwnStudy.model_validate(given)
+        for row in study.ROWS:
+            sample_config(row, SCALES["smoke"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r:.60})") from None
+    return study
+
+
+def _add(file: Path, kind: str, known: dict[str, Any], new: dict[str, Any]) -> None:
+    for name, value in new.items():
+        if name in known:
+            raise UserError(f"{file}: {kind} '{name}' exists already; give yours another name")
+        known[name] = value
+        _added.callback(known.pop, name)
+
+
+def _remembered(run: Path) -> dict[str, str]:
+    from orderlab.runtime.files import read_json
+
+    file = (run.parent.parent if run.parent.name == "samples" else run) / MEMORY
+    found = read_json(file) if file.is_file() else {}
+    return found if isinstance(found.get("file"), str) else {}
+
+
+def remember(folder: Path) -> None:
+    """Note in a run folder which file it was trained with."""
+    from orderlab.runtime.files import write_json
+
+    if _added_file:
+        write_json(folder / MEMORY, _added_file)
+
+
+def own_file() -> Path | None:
+    """The file of the study that was added."""
+    return Path(_added_file["file"]) if _added_file else None
+
+
+def flag() -> str:
+    """What a command line needs to mean the same catalogue."""
+    return f" --catalog {_added_file['file']}" if _added_file else ""

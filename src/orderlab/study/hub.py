@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Template
 from torch import Tensor
 
 from orderlab.config import RunConfig, UserError
@@ -24,7 +25,10 @@ from orderlab.runtime.run import RunFolder
 from orderlab.sampling.sample import SampleSet
 from orderlab.study.catalog import ROWS, SCALES, TABLES, rows_at
 
-# MERGED FROM results: A finished run, read back: its config, model, curves, likelihoods, samples and scores.
+FORMATS = ("safetensors", "llamagen")
+LIST = "orderlab-export.json"  # what an export made, each file with its SHA-256; `push` uploads these and no other
+EXPORT = FolderKind("export", (LIST, "model.safetensors", "model.pt", "config.json", "metrics.json", "README.md"), LIST, ("files",))
+TARGET = "ta_embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,13 @@ class Run:
 def load_run(folder: str | Path) -> Run:
     """Read a run folder such as runs/raster-300@demo/seed0. Raises `UserError` when it is none."""
     run = RunFolder(folder)
-
-    def optional(file: Path) -> dict[str, Any]:
-        return read_json(file) if file.exists() else {}
-
-    return Run(run.root, run.config(), run.status(), run.records(), optional(run.root / "nll.json"), optional(run.scores))
+    return Run(run.root, run.config(), run.status(), run.records(), **_measured(run, "nll", "scores"))
 
 
-FORMATS = ("safetensors", "llamagen")
-LIST = "orderlab-export.json"  # what an export made, each file with its SHA-256; `push` uploads these and no other
-EXPORT = FolderKind("export", (LIST, "model.safetensors", "model.pt", "config.json", "metrics.json", "README.md"), LIST, ("files",))
-TARGET = "ta_embedding.weight"
+def _measured(run: RunFolder, *names: str) -> dict[str, Any]:
+    """The run's nll.json and scores.json, empty where nothing was measured."""
+    files = {name: run.root / f"{name}.json" for name in names}
+    return {name: read_json(file) if file.exists() else {} for name, file in files.items()}
 
 
 def import_weights(
@@ -91,22 +91,14 @@ def import_weights(
     }
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What an export wrote, and what the format has no place for."""
-
-    files: list[Path]
-    notes: list[str]
-
-
 def export_run(
     run_dir: Path, out: Path, format: str = "safetensors", merge_order: str | None = None, checkpoint: str = "final"
-) -> Exported:
+) -> tuple[list[Path], list[str]]:
     """A run as a folder to share: weights, config.json, metrics.json and README.md, the model card.
 
-    `merge_order` merges the target table for one order (safetensors only). The folder appears whole; an export that was there is
-    replaced where nobody has changed it. Raises `UserError` for an unknown format, a run without that checkpoint, what LlamaGen's
-    format cannot hold, and any other folder in the place of `out`.
+    Returns its files, and notes of what the format has no place for. `merge_order` merges the target table for one order (safetensors
+    only). The folder appears whole; an export that was there is replaced where nobody has changed it. Raises `UserError` for an unknown
+    format, a run without that checkpoint, what LlamaGen's format cannot hold, and any other folder in the place of `out`.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: expected one of {', '.join(FORMATS)}")
@@ -123,7 +115,7 @@ def export_run(
         model = merge_target(model, path(merge_order, *model.config.grid))
         notes.append(f"the target table is merged for {merge_order}: other orders are lost")
     name = "model.safetensors" if format == "safetensors" else "model.pt"
-    metrics = {kind: read_json(file) for kind in ("scores", "nll") if (file := folder.root / f"{kind}.json").exists()}
+    metrics = {kind: found for kind, found in _measured(folder, "scores", "nll").items() if found}
     with replaced_folder(out, EXPORT) as fresh:
         if format == "safetensors":
             save_model(model, fresh / name, header={"run": config.model_dump_json(), "metrics": json.dumps(metrics)})
@@ -134,7 +126,7 @@ def export_run(
         write_atomically(fresh / "README.md", model_card(config, model, metrics, name, checkpoint, notes))
         made = [name, "config.json", "metrics.json", "README.md"]
         write_json(fresh / LIST, {"files": {part: file_sha256(fresh / part) for part in made}})
-    return Exported([out / part for part in made], notes)
+    return [out / part for part in made], notes
 
 
 def _exported(folder: Path) -> dict[str, str]:
@@ -167,57 +159,19 @@ def _save_llamagen(model: GPT, file: Path) -> list[str]:
 
 
 def model_card(config: RunConfig, model: GPT, metrics: dict[str, Any], file: str, checkpoint: str, notes: list[str]) -> str:
-    """Markdown with the Hub's header: what the model is, how to use it, its rows with the study's numbers and ours."""
-    sizes = model.config
-    lines = [
-        "---",
-        "license: mit",
-        "library_name: orderlab",
-        "tags: [autoregressive, image-generation, token-order]",
-        "---",
-        f"# {config.recipe} at scale {config.scale}, seed {config.seed}",
-        "",
-        f"A class-conditional image GPT: {model.parameter_count():,} parameters, {sizes.layers} layers of width {sizes.dim}, {sizes.grid[0]}×{sizes.grid[1]} tokens of "
-        f"{sizes.vocabulary:,} codes, {sizes.classes} classes. Trained for {config.images:,} images seen in batches of {config.batch} "
-        f"(policy: {config.policy.kind}); checkpoint `{checkpoint}`.",
-        *(f"- {note}" for note in notes),
-        "",
-        "```python",
-        "import orderlab",
-        "",
-        f'model = orderlab.load_gpt("{file}")',
-        f'tokens = orderlab.generate(model, classes=[0], order=orderlab.path("raster", {sizes.grid[0]}, {sizes.grid[1]}), seeds=[0], guidance=2.0)',
-        "```",
-        "",
-        *_rows_of(config, metrics),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _rows_of(config: RunConfig, metrics: dict[str, Any]) -> list[str]:
-    """The catalogue's rows that this run serves, beside the study's numbers; then what was measured, each metric by its full name."""
+    """Markdown with the Hub's header: what the model is, how to use it, its rows with the study's numbers, and what was measured."""
     known = rows_at(SCALES[config.scale]) if config.scale in SCALES else ROWS
     rows = [row for row in known if row.run == config.recipe]
-    lines = ["## Rows of the study", "", "The study's own numbers, at its scale; empty where it is silent.", ""]
-    lines += ["| row | order | sampler | the study's |", "|---|---|---|---|"]
-    for row in rows:
-        printed = ", ".join(f"{name} {value:g}" for name, value in row.source.printed().items())
-        lines.append(f"| {TABLES.get(row.table, row.table)}: {row.label} | {row.order} | {row.sampler} | {printed} |")
-    lines += ["", "## Measured on this model", "", "| samples | metric | value | N | reference |", "|---|---|---:|---:|---|"]
-    for name, scored in metrics.get("scores", {}).items():
-        for record in scored if isinstance(scored, list) else scored.get("records", []):  # the tokenizer's own is a list
-            error = f" ± {record['standard_error']:.3g}" if record.get("standard_error") is not None else ""
-            cells = [
-                name,
-                record["metric"],
-                f"{record['value']:.4g}{error}",
-                f"{record.get('n') or '':}",
-                str(record.get("reference") or ""),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    for key, measured in metrics.get("nll", {}).items():
-        lines.append(f"| {key} | validation NLL, nats a token | {measured['nll_per_token']:.4f} | | |")
-    return lines
+    records = [
+        (name, record)
+        for name, scored in metrics.get("scores", {}).items()
+        for record in (scored if isinstance(scored, list) else scored.get("records", []))  # the tokenizer's own is a list
+    ]
+    template = Template(
+        (Path(__file__).parent / "model_card.md.j2").read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True
+    )
+    told = {"run": config, "model": model, "sizes": model.config, "file": file, "checkpoint": checkpoint, "notes": notes}
+    return template.render(**told, rows=rows, tables=TABLES, records=records, nll=metrics.get("nll", {}))
 
 
 def push(folder: Path, repository: str, is_private: bool = False) -> str:

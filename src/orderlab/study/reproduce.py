@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from typing import Any
 from orderlab.config import RunConfig, SampleConfig, UserError
 from orderlab.evaluate import likelihood, score
 from orderlab.evaluate.reference import network_of
+from orderlab.order.paths import path
 from orderlab.runtime.console import Console, is_main_process, training_note
 from orderlab.runtime.dist import world
 from orderlab.runtime.files import file_sha256, read_json
 from orderlab.runtime.run import RunFolder
 from orderlab.sampling import sample
-from orderlab.study import cost
+from orderlab.study import catalog, cost
 from orderlab.study.catalog import Row, Scale, resolve, row_note, sample_config, variants
 from orderlab.study.report.collect import collect, is_distance, report_folder, run_folder
 from orderlab.study.report.methods import with_comparisons
@@ -44,24 +45,29 @@ class Plan:
     """File or name of the image tokenizer, in place of the scale's."""
     reference: Path | None = None
     """File that ImageNet samples are scored against."""
+    catalog: Path | None = field(default_factory=catalog.own_file)
+    """A user's own study that the rows are of."""
 
     def __post_init__(self) -> None:
+        for order in {row.path for row in self.rows if row.path is not None}:
+            path(order, *self.scale.model.grid)  # an order that is none is said before a job is queued
         if self.reference is None:
             return
         if self.scale.data.source == "fashion":
             raise UserError(
                 f"--reference is for ImageNet's scales; {self.scale.name} is scored against the validation images in the package"
             )
-        network_of(self.reference)  # a file that is not there is said before a job is queued
+        network_of(self.reference)  # and so is a file that is not there
 
     def config(self, run_name: str) -> RunConfig:
-        config = resolve(run_name, self.scale.name, self.seed)
-        changes = {"data.folder": str(self.data)} if self.data else {}
-        if self.tokenizer:
-            changes["data.tokenizer"] = self.tokenizer
-        if self.start and config.start and config.start.file:
-            changes["start.file"] = str(self.start)
-        return resolve(run_name, self.scale.name, self.seed, **changes)
+        changes = {"data.folder": self.data and str(self.data), "data.tokenizer": self.tokenizer}
+        start = resolve(run_name, self.scale.name, self.seed).start
+        if start and start.file:
+            changes["start.file"] = self.start and str(self.start)
+        return resolve(run_name, self.scale.name, self.seed, **{name: value for name, value in changes.items() if value})
+
+    def folder(self, run_name: str) -> RunFolder:
+        return run_folder(self.runs, run_name, self.scale, self.seed)
 
     @property
     def report(self) -> Path:
@@ -77,52 +83,46 @@ class Plan:
         return None if self.reference is None else file_sha256(self.reference)
 
     def is_done(self, row: Row) -> bool:
-        folder = run_folder(self.runs, row.run, self.scale, self.seed)
+        folder = self.folder(row.run)
         if folder.status()["state"] != "trained":
             return False
+        found = {file.parent.name for file in folder.samples.glob("*/sample.json")}
         names = {sample.sample_name(variant.sample, variant.checkpoint) for variant in variants(row, self.scale, self.seed)}
         if self.is_scored:
-            scores = read_json(folder.scores) if folder.scores.exists() else {}
+            scores = _found(folder.scores)
             found = {name for name in names if score.is_scored(folder, name, scores, self._digest)}
-        else:
-            found = {file.parent.name for file in folder.samples.glob("*/sample.json")}
         keys = {likelihood.result_key(order, row.checkpoint, row.target) for order in row.likelihood_orders}
-        return names <= found and keys <= set(_likelihoods(folder))
+        return names <= found and keys <= set(_found(folder.root / "nll.json"))
+
+
+def _found(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.exists() else {}
 
 
 def run(plan: Plan, console: Console | None = None) -> Path | None:
     """Carry out the rows of a plan; returns the report's page, or None when training was told to stop."""
-    console = console or Console()
-    rows = plan.rows
-    page = plan.report / "report.html"
+    console, rows, scale, page = console or Console(), plan.rows, plan.scale, plan.report / "report.html"
     todo = [row for row in rows if not plan.is_done(row)]
-    if not todo and (page.exists() or not plan.is_scored):
-        console.say(f"everything is done: {len(rows)} rows at scale {plan.scale.name}, seed {plan.seed}")
-        _print_table(plan, console)
-        return _say_where(plan, console)
-    clock = time.perf_counter()
-    console.say(f"{len(rows)} rows at scale {plan.scale.name} ({len(rows) - len(todo)} done): {plan.scale.description}")
-    if work(plan, console) == "stopped":
-        console.say("stopped; the same command goes on from here")
-        return None
-    if not is_main_process():
-        return None
-    if plan.is_scored:
-        data = collect(rows, plan.scale, plan.runs, plan.seed)
-        build(with_comparisons(data, plan.scale, plan.runs, plan.seed), plan.report)
-    _print_table(plan, console)
-    console.say(f"done in {(time.perf_counter() - clock) / 60:.1f} minutes")
-    return _say_where(plan, console)
-
-
-def _say_where(plan: Plan, console: Console) -> Path | None:
-    page = plan.report / "report.html"
+    clock, is_done = time.perf_counter(), not todo and (page.exists() or not plan.is_scored)
+    if is_done:
+        console.say(f"everything is done: {len(rows)} rows at scale {scale.name}, seed {plan.seed}")
+    else:
+        console.say(f"{len(rows)} rows at scale {scale.name} ({len(rows) - len(todo)} done): {scale.description}")
+        if work(plan, console) == "stopped":
+            console.say("stopped; the same command goes on from here")
+            return None
+        if not is_main_process():
+            return None
+        if plan.is_scored:
+            build(with_comparisons(collect(rows, scale, plan.runs, plan.seed), scale, plan.runs, plan.seed), plan.report)
+    console.say("\n".join(["", *(_line(row, plan) for row in rows), ""]))
+    if not is_done:
+        console.say(f"done in {(time.perf_counter() - clock) / 60:.1f} minutes")
     if plan.is_scored:
         console.say(f"report: {page}")
         return page
-    console.say(
-        f"samples lie in {plan.runs}/<run>@{plan.scale.name}/seed{plan.seed}/samples; --reference FILE scores them: docs/cluster.md"
-    )
+    samples = f"{plan.runs}/<run>@{scale.name}/seed{plan.seed}/samples"
+    console.say(f"samples lie in {samples}; --reference FILE scores them: docs/cluster.md")
     return None
 
 
@@ -132,14 +132,15 @@ def work(plan: Plan, console: Console | None = None) -> str:
     Several processes (torchrun, a Slurm job) train and sample together; then the first one measures alone.
     """
     console = console or Console()
+    if plan.catalog and plan.catalog != catalog.own_file():  # a job begins with the built-in catalogue
+        catalog.use(plan.catalog)
     todo = [row for row in plan.rows if not plan.is_done(row)]
     if plan.reference is not None:
         score.check(plan.reference)
     with world() as here:
         here.barrier()  # what is done is the same question for all
-        for run_name in dict.fromkeys(row.run for row in todo):
-            if _train(run_name, plan, console) == "stopped":
-                return "stopped"
+        if any(_train(run_name, plan, console) == "stopped" for run_name in dict.fromkeys(row.run for row in todo)):
+            return "stopped"
         if here.size > 1:
             for row in todo:
                 list(_sample(row, plan, console, f"sample {row.id}"))
@@ -149,49 +150,51 @@ def work(plan: Plan, console: Console | None = None) -> str:
     return "done"
 
 
-def job_plans(
-    rows: list[Row],
-    scale: Scale,
-    runs: Path,
-    seed: int,
-    data: Path | None = None,
-    start: Path | None = None,
-    tokenizer: str | None = None,
-    reference: Path | None = None,
-) -> list[Plan]:
-    """The rows as plans that may run at the same time: rows that share a run, or a run theirs needs, share a plan."""
+def job_plans(plan: Plan) -> list[Plan]:
+    """A plan as plans that may be carried out at the same time: rows that share a run, or a run theirs needs, share a plan."""
 
     def with_needs(run_name: str) -> set[str]:
-        return {run_name}.union(*(with_needs(needed) for needed in resolve(run_name, scale.name, seed).needs))
+        return {run_name}.union(*(with_needs(needed) for needed in resolve(run_name, plan.scale.name, plan.seed).needs))
 
     groups: list[tuple[set[str], list[Row]]] = []
-    for row in rows:
+    for row in plan.rows:
         shared, group = with_needs(row.run), [row]
         for other in [other for other in groups if other[0] & shared]:
             groups.remove(other)
             shared, group = shared | other[0], other[1] + group
         groups.append((shared, group))
-    order = {row.id: place for place, row in enumerate(rows)}
-    sorted_groups = sorted((sorted(group, key=lambda row: order[row.id]) for _, group in groups), key=lambda group: order[group[0].id])
-    places = (data and data.absolute(), start and start.absolute(), tokenizer, reference and reference.absolute())
-    return [Plan(group, scale, runs, seed, *places) for group in sorted_groups]
+    in_order = [sorted(group, key=plan.rows.index) for _, group in groups]
+    return [replace(plan, rows=group) for group in sorted(in_order, key=lambda group: plan.rows.index(group[0]))]
 
 
 def dry_run(rows: list[Row], scale: Scale, seed: int) -> dict[str, Any]:
     """The cost of every run and row, without data, GPU or a single step."""
     configs = {run: resolve(run, scale.name, seed) for run in dict.fromkeys(row.run for row in rows)}
     samplers = {
-        f"{sampler}, {images:,} images": cost.sampling_cost(
-            scale.model, SampleConfig.model_validate({"sampler": sampler, "images": images, "batch": scale.sample_batch}), scale
-        )
+        f"{sampler}, {images:,} images": SampleConfig(sampler=sampler, images=images, batch=scale.sample_batch)
         for sampler in ("kv-cache", "full-forward")
         for images in (5_000, 50_000)
     }
     return {
         "runs": {run: cost.training_cost(config, scale) for run, config in configs.items()},
         "rows": {row.id: cost.sampling_cost(configs[row.run].model, sample_config(row, scale, seed), scale) for row in rows},
-        "samplers": samplers,
+        "samplers": {name: cost.sampling_cost(scale.model, config, scale) for name, config in samplers.items()},
     }
+
+
+def train_run(config: RunConfig, runs: Path, console: Console) -> tuple[RunFolder, str]:
+    """Train a run in its folder under `runs` with a progress bar; returns the folder and the state."""
+    folder = RunFolder(runs / f"{config.recipe}@{config.scale}" / f"seed{config.seed}")
+    with console.progress(f"train {config.recipe}", config.images) as bar:
+
+        def report(record: dict[str, Any]) -> None:
+            if record["kind"] == "train":
+                bar.update(record["images"], training_note(record))
+
+        state = loop.run(config, folder.root, cache=runs / "tokens", report=report)
+    if is_main_process():
+        catalog.remember(folder.root)
+    return folder, state
 
 
 def _train(run_name: str, plan: Plan, console: Console) -> str:
@@ -199,21 +202,12 @@ def _train(run_name: str, plan: Plan, console: Console) -> str:
     config = plan.config(run_name)
     if any(_train(needed, plan, console) == "stopped" for needed in config.needs):
         return "stopped"
-    folder = run_folder(plan.runs, run_name, plan.scale, plan.seed)
-    if folder.status()["state"] == "trained":
-        return loop.run(config, folder.root, cache=plan.runs / "tokens")
-    with console.progress(f"train {run_name}", config.images) as bar:
-
-        def report(record: dict[str, Any]) -> None:
-            if record["kind"] == "train":
-                bar.update(record["images"], training_note(record))
-
-        return loop.run(config, folder.root, cache=plan.runs / "tokens", report=report)
+    return train_run(config, plan.runs, console)[1]
 
 
 def _carry_out(row: Row, plan: Plan, console: Console, title: str) -> None:
     """Sample and score one row in all its variants, measure its likelihood, then print its line."""
-    folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
+    folder = plan.folder(row.run)
     for out in _sample(row, plan, console, title):
         if plan.is_scored:
             score.run(folder.root, samples=[out.name], reference=plan.reference)
@@ -223,36 +217,21 @@ def _carry_out(row: Row, plan: Plan, console: Console, title: str) -> None:
 
 def _sample(row: Row, plan: Plan, console: Console, title: str) -> Iterator[Path]:
     """Sample one row in all its variants, one after the other."""
-    folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
+    folder = plan.folder(row.run)
     for variant in variants(row, plan.scale, plan.seed):
         with console.progress(f"{title}, {variant.label}", variant.sample.images) as bar:
             yield sample.run(variant.sample, folder.root, checkpoint=variant.checkpoint, progress=lambda done, total: bar.update(done))
 
 
 def _line(row: Row, plan: Plan) -> str:
-    folder = run_folder(plan.runs, row.run, plan.scale, plan.seed)
+    folder, measured = plan.folder(row.run), ""
+    if plan.is_scored:
+        scored = read_json(folder.scores)[sample.sample_name(sample_config(row, plan.scale, plan.seed), row.checkpoint)]
+        distance = next(record for record in scored["records"] if is_distance(record))
+        measured = f"{distance['metric']} {distance['value']:7.2f} ± {distance['standard_error']:.2f}  "
+        agreement = [record["value"] for record in scored["records"] if record["metric"] == "label agreement"]
+        measured += "".join(f"labels {value:4.0%}  " for value in agreement)
     keys = [likelihood.result_key(order, row.checkpoint, row.target) for order in row.likelihood_orders[:1]]
-    nll = "".join(f"{_likelihoods(folder)[key]['nll_per_token']:.3f}" for key in keys)
+    nll = "".join(f"{_found(folder.root / 'nll.json')[key]['nll_per_token']:.3f}" for key in keys)
     paper = f"{row.source.fid:g}" if row.source.fid is not None else ""
-    if not plan.is_scored:
-        return f"{row.id:<45} NLL {nll:>6}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}".rstrip()
-    scored = read_json(folder.scores)[sample.sample_name(sample_config(row, plan.scale, plan.seed), row.checkpoint)]
-    values = {record["metric"]: record for record in scored["records"]}
-    distance = next(record for record in scored["records"] if is_distance(record))
-    agreement = f"  labels {values['label agreement']['value']:4.0%}" if "label agreement" in values else ""
-    return (
-        f"{row.id:<45} {distance['metric']} {distance['value']:7.2f} ± {distance['standard_error']:.2f}"
-        f"{agreement}  NLL {nll:>6}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}"
-    ).rstrip()
-
-
-def _likelihoods(folder: RunFolder) -> dict[str, Any]:
-    file = folder.root / "nll.json"
-    return read_json(file) if file.exists() else {}
-
-
-def _print_table(plan: Plan, console: Console) -> None:
-    console.say()
-    for row in plan.rows:
-        console.say(_line(row, plan))
-    console.say()
+    return f"{row.id:<45} {measured}NLL {nll:>6}  source FID-5K {paper:>6}  {row_note(row, plan.scale)}".rstrip()

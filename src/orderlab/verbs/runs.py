@@ -1,184 +1,149 @@
-"""Verbs of one run: train, sample, nll."""
+"""Verbs of one run: train, sample, nll, and those of the oracle."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from orderlab.config import RunConfig
-from orderlab.study import catalog
-from orderlab.verbs import RUNS, Count, Number, Rate, Seed, leave_if_stopped, placed, print_cost, print_json, print_result, validated
+from typing_extensions import Doc
+
+import orderlab.verbs as flags
+from orderlab.study import catalog as study
+from orderlab.verbs import Count, Number, Rate, leave_if_stopped, named, placed, print_cost, print_table, show, validated
 
 if TYPE_CHECKING:
     from orderlab.training.oracle import Importance
 
+Precision = Annotated[str | None, Doc("fp32 or bf16; when empty the scale's, and of samples bf16 on a GPU and fp32 elsewhere")]
+Length = Annotated[Count | None, Doc("training length in images seen, in place of the recipe's")]
+
 
 def train(
-    row: str,
+    row: flags.Row,
     /,
-    scale: str = "toy",
-    seed: Seed = 0,
-    images: Count | None = None,
-    lr: Rate | None = None,
-    batch: Count | None = None,
-    micro_batch: Count | None = None,
-    precision: str | None = None,
-    data: Path | None = None,
-    tokenizer: str | None = None,
-    start: Path | None = None,
-    runs: Path = RUNS,
-    dry_run: bool = False,
-    json: bool = False,
+    scale: flags.ScaleName = "toy",
+    seed: flags.Seed = 0,
+    images: Length = None,
+    lr: Annotated[Rate | None, Doc("learning rate")] = None,
+    batch: Annotated[Count | None, Doc("global batch, in images")] = None,
+    micro_batch: Annotated[Count | None, Doc("images of one forward pass; the gradient accumulates over the rest")] = None,
+    precision: Precision = None,
+    data: flags.Data = None,
+    tokenizer: flags.Tokenizer = None,
+    start: flags.Start = None,
+    catalog: flags.Catalog = None,
+    runs: flags.Runs = flags.RUNS,
+    dry_run: flags.DryRun = False,
+    json: flags.Json = False,
 ) -> None:
-    """Train the run of a row; the same command again goes on where it stopped.
+    """Train the run of a row; the same command again goes on where it stopped."""
+    study.use(catalog)
+    asked = {"optim.lr": lr, "batch": batch, "micro_batch": micro_batch, "precision": precision, "start.file": start and str(start)}
+    asked |= {"images": images, "data.folder": data and str(data), "data.tokenizer": placed(tokenizer)}
+    _train(study.run_named(row, study.scale_named(scale)), scale, seed, asked, runs, dry_run, json)
 
-    Args:
-        row: a run (raster-300) or a row (2-in100/zigzag) of the catalogue
-        scale: smoke, demo, toy, small, paper or paper-1k
-        seed: covers weights, data order, orders, label drops and dropout
-        images: training length in images seen
-        lr: learning rate
-        batch: global batch, in images
-        micro_batch: images of one forward pass; the gradient accumulates over the rest
-        precision: fp32 or bf16
-        data: folder of IDX files or of token sets
-        tokenizer: weight file or name of the image tokenizer, in place of the scale's; FILE#ema for averaged weights
-        start: weight file to fine-tune, ours or LlamaGen's, in place of what the run starts from; FILE#ema for averaged weights
-        runs: where run folders lie
-        dry_run: print config, parameters, FLOPs, memory, disk and time; train nothing
-        json: print for programs
-    """
-    asked = {
-        "images": images,
-        "optim.lr": lr,
-        "batch": batch,
-        "micro_batch": micro_batch,
-        "precision": precision,
-        "data.folder": data and str(data),
-        "data.tokenizer": placed(tokenizer),
-        "start.file": start and str(start),
-    }
-    run = catalog.run_named(row, catalog.scale_named(scale))
-    config = catalog.resolve(run, scale, seed, **{name: value for name, value in asked.items() if value is not None})
+
+def oracle_train(
+    scale: flags.ScaleName = "toy",
+    seed: flags.Seed = 0,
+    images: Length = None,
+    data: flags.Data = None,
+    tokenizer: flags.Tokenizer = None,
+    runs: flags.Runs = flags.RUNS,
+    dry_run: flags.DryRun = False,
+    json: flags.Json = False,
+) -> None:
+    """Train the oracle, which names an image's class from a part of its tokens; the same command again goes on."""
+    study.use()
+    asked = {"images": images, "data.folder": data and str(data), "data.tokenizer": placed(tokenizer)}
+    _train("oracle", scale, seed, asked, runs, dry_run, json)
+
+
+def _train(run: str, scale: str, seed: int, asked: dict[str, Any], runs: Path, dry_run: bool, json: bool) -> None:
+    config = study.resolve(run, scale, seed, **{name: value for name, value in asked.items() if value is not None})
     if dry_run:
         from orderlab.study.cost import training_cost
 
-        print_cost(config.model_dump(mode="json"), training_cost(config, catalog.scale_named(scale)), json)
-        return
-    folder, state = train_run(config, runs, quiet=json)
-    print_result({"run": str(folder), "state": state}, json)
-    leave_if_stopped()
+        return print_cost(config.model_dump(mode="json"), training_cost(config, study.scale_named(scale)), json)
+    from orderlab.runtime.console import Console
+    from orderlab.study.reproduce import train_run
 
-
-def train_run(config: RunConfig, runs: Path, quiet: bool) -> tuple[Path, str]:
-    """Train a run in its folder under `runs` with a progress bar; returns the folder and the state."""
-    from orderlab.runtime.console import Console, training_note
-    from orderlab.training import loop
-
-    folder = runs / f"{config.recipe}@{config.scale}" / f"seed{config.seed}"
-    with Console(quiet=quiet).progress(f"train {config.recipe}", config.images) as bar:
-
-        def report(record: dict[str, Any]) -> None:
-            if record["kind"] == "train":
-                bar.update(record["images"], training_note(record))
-
-        return folder, loop.run(config, folder, cache=runs / "tokens", report=report)
+    folder, state = train_run(config, runs, Console(quiet=json))
+    records = folder.records("validation")[-1:] if config.task.kind == "oracle" else []
+    accuracies = {name: value for record in records for name, value in record.items() if "@" in name}
+    found = {"run": str(folder.root), "state": state}
+    show({**found, **accuracies}, json, named({**found, **{name: f"{value:.1%}" for name, value in accuracies.items()}}))
+    return leave_if_stopped()
 
 
 def sample(
-    run: Path,
+    run: flags.Run,
     /,
-    order: str = "raster",
-    images: Count = 1000,
-    guidance: float = 2.0,
-    guidance_schedule: str = "none",
-    temperature: float = 1.0,
-    top_k: Number = 0,
-    top_p: float = 1.0,
-    sampler: str = "kv-cache",
-    rescore: str = "likelihood",
-    labels: str = "balanced",
-    precision: str | None = None,
-    batch: Count = 250,
-    seed: Seed = 0,
-    checkpoint: str = "final",
-    picture: Path | None = None,
-    npz: Path | None = None,
-    rounding: str = "llamagen",
-    resize: Count | None = None,
-    dry_run: bool = False,
-    json: bool = False,
+    order: Annotated[
+        str, Doc("name of a path; random:SEED; shuffled: a random one for each image; locality: of parallel-N; learned: an OrderHead's")
+    ] = "raster",
+    images: Annotated[Count, Doc("how many")] = 1000,
+    guidance: Annotated[float, Doc("uncond + s (cond - uncond); 1 or less is off")] = 2.0,
+    guidance_schedule: Annotated[str, Doc("none, linear or power-cosine")] = "none",
+    temperature: Annotated[float, Doc("divides the logits")] = 1.0,
+    top_k: Annotated[Number, Doc("keep the k largest logits; 0 keeps all")] = 0,
+    top_p: Annotated[float, Doc("keep the smallest set of this probability")] = 1.0,
+    sampler: Annotated[
+        str,
+        Doc(
+            "kv-cache, kv-cache-static (fixed shapes, for CUDA graphs), full-forward or best-of-N; fixed-point-W (the same tokens in fewer passes), "
+            "parallel-N (N passes), adaptive-C (the best of C positions next); in learned order semifast-N, fast, phases-N or slow; of a masked model unmask-random-T, unmask-confidence-T or unmask-halton-T, in T steps and an order of their own"
+        ),
+    ] = "kv-cache",
+    draw: Annotated[
+        str, Doc("uniform, or gumbel: noise of each position and code, for which fixed-point-W takes fewer passes")
+    ] = "uniform",
+    schedule: Annotated[str, Doc("how parallel-N deals out the tokens: uniform, cosine or arccos")] = "uniform",
+    choose: Annotated[str, Doc("what adaptive-C takes next: confidence, low-entropy or high-entropy")] = "confidence",
+    rescore: Annotated[str, Doc("likelihood or oracle; what best-of-N and semifast-N choose by")] = "likelihood",
+    labels: Annotated[str, Doc("balanced or iid")] = "balanced",
+    precision: Precision = None,
+    batch: Annotated[Count, Doc("images at a time; changes nothing but speed and memory")] = 250,
+    seed: flags.Seed = 0,
+    checkpoint: flags.Checkpoint = "final",
+    picture: Annotated[Path | None, Doc("also write a PNG of the first 100 images")] = None,
+    npz: Annotated[Path | None, Doc("also write the images as ADM's evaluator and orderlab score read them")] = None,
+    rounding: Annotated[
+        str, Doc("of the npz: llamagen (truncate 127.5 x + 128) or truncate (127.5 x + 127.5, as RAR and ADM)")
+    ] = "llamagen",
+    resize: Annotated[Count | None, Doc("of the npz: pixels along a side, bicubic without antialias before rounding")] = None,
+    catalog: flags.Catalog = None,
+    dry_run: flags.DryRun = False,
+    json: flags.Json = False,
 ) -> None:
-    """Generate images from a trained run, in any order.
-
-    Args:
-        run: the run folder, such as runs/raster-300@demo/seed0
-        order: name of the path; random:SEED for a random one, shuffled for one an image, learned for an OrderHead's
-        images: how many
-        guidance: uncond + s (cond - uncond); 1 or less is off
-        guidance_schedule: none, linear or power-cosine
-        temperature: divides the logits
-        top_k: keep the k largest logits; 0 keeps all
-        top_p: keep the smallest set of this probability
-        sampler: kv-cache, kv-cache-static (fixed shapes, for CUDA graphs), full-forward or best-of-N; in learned order semifast-N, fast, phases-N or slow; of a masked model
-            unmask-random-T, unmask-confidence-T or unmask-halton-T, in T steps and an order of their own
-        rescore: likelihood or oracle; what best-of-N and semifast-N choose by
-        labels: balanced or iid
-        precision: fp32 or bf16, of the weights; when empty bf16 on a GPU and fp32 elsewhere
-        batch: images at a time; changes nothing but speed and memory
-        seed: image i is a function of (seed, i)
-        checkpoint: final, final-ema, random-end or anneal-end
-        picture: also write a PNG of the first 100 images
-        npz: also write the images as ADM's evaluator and orderlab score read them
-        rounding: of the npz: llamagen (truncate 127.5 x + 128) or truncate (127.5 x + 127.5, as RAR and ADM)
-        resize: of the npz: pixels along a side, bicubic without antialias before rounding; none when empty
-        dry_run: print the cost; generate nothing
-        json: print for programs
-    """
+    """Generate images from a trained run, in any order; image i is a function of (seed, i)."""
     from orderlab.config import PATHLESS, SampleConfig
 
-    names = (
-        "order",
-        "images",
-        "guidance",
-        "guidance_schedule",
-        "temperature",
-        "top_k",
-        "top_p",
-        "sampler",
-        "rescore",
-        "labels",
-        "precision",
-        "batch",
-        "seed",
-    )
+    study.use(catalog, run)
     if order == "raster" and sampler.startswith("unmask-"):
         order = sampler.split("-")[1]  # these samplers have an order of their own
-    values = locals()
-    config = validated(SampleConfig, {name: values[name] for name in names})
+    config = validated(SampleConfig, locals())
     from orderlab.order.paths import parse_order_name
+    from orderlab.runtime.files import check_replaceable
+    from orderlab.sampling import sample as module
 
     if order not in PATHLESS and not sampler.startswith("unmask-"):
         parse_order_name(order)
-    from orderlab.runtime.files import check_replaceable
-
     for file in (picture, npz):
         if file is not None:
             check_replaceable(file)
     if npz is not None:
-        from orderlab.sampling.sample import check_rules
-
-        check_rules(rounding, resize)
+        module.check_rules(rounding, resize)
     if dry_run:
         from orderlab.runtime.run import RunFolder
         from orderlab.study.cost import sampling_cost
 
-        run_config = RunFolder(run).config()
-        print_cost(config.model_dump(), sampling_cost(run_config.model, config, catalog.scale_named(run_config.scale)), json)
-        return
+        trained = RunFolder(run).config()
+        return print_cost(config.model_dump(), sampling_cost(trained.model, config, study.scale_named(trained.scale)), json)
+    from orderlab.data.tokens import tokenizer
     from orderlab.runtime.console import Console
-    from orderlab.runtime.dist import world
-    from orderlab.sampling import sample as module
+    from orderlab.runtime.dist import own_device, world
+    from orderlab.runtime.run import run_of
     from orderlab.study.report.collect import save_samples
 
     with world() as here:
@@ -187,113 +152,88 @@ def sample(
         if picture is not None and here.is_main:
             save_samples(run, out.name, picture)
         if npz is not None:
-            from orderlab.verbs.quality import write_npz
+            decoder = tokenizer(run_of(out).config().data.tokenizer, own_device())
+            module.write_npz(module.SampleSet(out), decoder, npz, rounding=rounding, size=resize)
+    found = {"samples": str(out), **({"npz": str(npz)} if npz else {})}
+    show(found, json, named(found))
+    return None
 
-            write_npz(out, npz, rounding, resize)
-    print_result({"samples": str(out), **({"npz": str(npz)} if npz else {})}, json)
+
+def inpaint(
+    run: flags.Run,
+    /,
+    keep: Annotated[
+        str, Doc("top-half, bottom-half, left-half, right-half, center, border, or a picture whose white pixels are kept")
+    ] = "top-half",
+    image: Annotated[Path | None, Doc("image file; when empty, one of the run's own validation images")] = None,
+    item: Annotated[Number, Doc("which of them")] = 0,
+    label: Annotated[Number | None, Doc("class; the validation image's own, or the null class, when empty")] = None,
+    dilate: Annotated[
+        Number | None, Doc("tokens around the hole that are generated too; 1 for an image file and 0 for a stored one when empty")
+    ] = None,
+    order: Annotated[str, Doc("order in which the rest is generated")] = "raster",
+    passes: Annotated[Count | None, Doc("passes for it, of a model that is given its target position; one a token when empty")] = None,
+    variants: Annotated[Count, Doc("how many, each from a seed of its own")] = 6,
+    guidance: Annotated[float, Doc("uncond + s (cond - uncond); 1 or less is off")] = 2.0,
+    temperature: Annotated[float, Doc("divides the logits")] = 1.0,
+    seed: flags.Seed = 0,
+    checkpoint: flags.Checkpoint = "final",
+    out: flags.File = Path("inpaint.png"),
+    catalog: flags.Catalog = None,
+    json: flags.Json = False,
+) -> None:
+    """Keep a part of an image and generate the rest given all of it, in any order: a picture of the variants; keep center to outpaint."""
+    study.use(catalog, run)
+    from orderlab.sampling import edit
+
+    found = edit.run(validated(edit.EditConfig, locals()), run, out, image=image, item=item, checkpoint=checkpoint)
+    show(found, json, f"{out}: {found['kept']} tokens kept, {found['generated']} generated, {variants} variants")
 
 
 def nll(
-    run: Path,
+    run: flags.Run,
     /,
-    orders: str = "raster,zigzag,diagonal,stride-2,spiral,column-major,center-spiral,reverse,random",
-    checkpoint: str = "final",
-    dry_run: bool = False,
-    json: bool = False,
+    orders: Annotated[
+        str, Doc("names with commas between; any-order for a masked model, whose others take as many passes as tokens")
+    ] = "raster,zigzag,diagonal,stride-2,spiral,column-major,center-spiral,reverse,random",
+    checkpoint: flags.Checkpoint = "final",
+    catalog: flags.Catalog = None,
+    dry_run: flags.DryRun = False,
+    json: flags.Json = False,
 ) -> None:
-    """Exact validation NLL of a run under each order; "any-order" is a masked model's mean over all of them.
-
-    Args:
-        run: the run folder
-        orders: names with commas between; a masked model takes as many passes as tokens for each, but any-order
-        checkpoint: final, final-ema, random-end or anneal-end
-        dry_run: print the cost over 5,000 images; measure nothing
-        json: print for programs, with the curves by step and by position
-    """
+    """Exact validation NLL of a run under each order; "any-order" is a masked model's mean over all of them."""
+    study.use(catalog, run)
     if dry_run:
         from orderlab.runtime.run import RunFolder
         from orderlab.study.cost import likelihood_cost
 
         config = RunFolder(run).config()
-        costs = likelihood_cost(config, 5000, len(orders.split(",")), catalog.scale_named(config.scale))
-        print_cost(config.model_dump(mode="json"), costs, json)
-        return
+        costs = likelihood_cost(config, 5000, len(orders.split(",")), study.scale_named(config.scale))
+        return print_cost(config.model_dump(mode="json"), costs, json)
     from orderlab.evaluate.likelihood import run as measure
 
     results = measure(run, orders.split(","), checkpoint=checkpoint)
-    if json:
-        print_json(results)
-        return
-    print(f"{'order':<14} nats/token  ± s.e.   bits/image   (uniform guess: {next(iter(results.values()))['uniform_nll']:.3f} nats)")
-    for name, result in results.items():
-        mark = "  above the uniform guess" if result["nll_per_token"] > result["uniform_nll"] else ""
-        error = "" if result["standard_error"] is None else f"{result['standard_error']:.4f}"  # of one image there is none
-        print(f"{name:<14} {result['nll_per_token']:10.4f}  {error:>6}  {result['bits_per_image']:10.1f}{mark}")
-
-
-# MERGED FROM verbs.oracle: Verbs of the oracle: oracle train, oracle importance.
-
-
-def oracle_train(
-    scale: str = "toy",
-    seed: Seed = 0,
-    images: Count | None = None,
-    data: Path | None = None,
-    tokenizer: str | None = None,
-    runs: Path = RUNS,
-    dry_run: bool = False,
-    json: bool = False,
-) -> None:
-    """Train the oracle, which names an image's class from a part of its tokens; the same command again goes on.
-
-    Args:
-        scale: smoke, demo, toy, small, paper or paper-1k
-        seed: covers weights, data order and the tokens that are shown
-        images: training length in images seen
-        data: folder of IDX files or of token sets
-        tokenizer: weight file or name of the image tokenizer, in place of the scale's; FILE#ema for averaged weights
-        runs: where run folders lie
-        dry_run: print config, parameters, FLOPs, memory, disk and time; train nothing
-        json: print for programs
-    """
-    asked = {"images": images, "data.folder": data and str(data), "data.tokenizer": placed(tokenizer)}
-    config = catalog.resolve("oracle", scale, seed, **{name: value for name, value in asked.items() if value is not None})
-    if dry_run:
-        from orderlab.study.cost import training_cost
-
-        print_cost(config.model_dump(mode="json"), training_cost(config, catalog.scale_named(scale)), json)
-        return
-    from orderlab.runtime.run import RunFolder
-
-    folder, state = train_run(config, runs, quiet=json)
-    found = RunFolder(folder).records("validation")[-1:]
-    accuracies = {name: value for record in found for name, value in record.items() if "@" in name}
-    if json:
-        print_json({"run": str(folder), "state": state, **accuracies})
-    else:
-        print_result({"run": str(folder), "state": state, **{name: f"{value:.1%}" for name, value in accuracies.items()}}, False)
-    leave_if_stopped()
+    if not show(results, json):
+        return None
+    rows = []
+    for name, found in results.items():
+        error = "" if found["standard_error"] is None else f"{found['standard_error']:.4f}"  # of one image there is none
+        mark = "above the uniform guess" if found["nll_per_token"] > found["uniform_nll"] else ""
+        rows.append((name, f"{found['nll_per_token']:.4f}", error, f"{found['bits_per_image']:.1f}", mark))
+    uniform = f"(uniform guess: {next(iter(results.values()))['uniform_nll']:.3f} nats)"
+    return print_table(rows, ("order", "nats/token", "± s.e.", "bits/image", uniform), right=(1, 2, 3))
 
 
 def oracle_importance(
-    run: Path,
+    run: flags.Run,
     /,
-    picture: Path | None = None,
-    images: Count = 10,
-    cls_k: Count | None = None,
-    checkpoint: str = "final",
-    json: bool = False,
+    picture: Annotated[Path | None, Doc("write both maps over some images (.png, .svg or .pdf)")] = None,
+    images: Annotated[Count, Doc("how many of them, classes in turn")] = 10,
+    cls_k: Annotated[Count | None, Doc("tokens of a cluster; a quarter of the grid when empty")] = None,
+    checkpoint: flags.Checkpoint = "final",
+    json: flags.Json = False,
 ) -> None:
-    """What each token of the validation images is worth to an oracle: both kinds of map, how flat they are, and a picture.
-
-    Args:
-        run: the oracle's run folder, such as runs/oracle@toy/seed0
-        picture: write both maps over some images (.png, .svg or .pdf)
-        images: how many of them, classes in turn
-        cls_k: tokens of a cluster; a quarter of the grid when empty
-        checkpoint: final or final-ema
-        json: print for programs
-    """
+    """What each token of the validation images is worth to an oracle: both kinds of map, how flat they are, and a picture."""
     if picture is not None:
         from orderlab.runtime.files import check_replaceable
         from orderlab.study.report.figures import figure_kind
@@ -306,21 +246,15 @@ def oracle_importance(
     with Console(quiet=json).progress("importance maps", 0) as bar:
         found = measure(run, cls_k, checkpoint, progress=lambda done, total: bar.update(done, total=total))
     values: dict[str, Any] = {mode: dict(zip(("std", "std_over_mean"), spread(maps))) for mode, maps in found.maps.items()}
+    place = {} if picture is None else {"picture": str(picture)}
     if picture is not None:
         _draw(found, values, images, picture)
-    if json:
-        print_json({"images": len(found.classes), "cls_k": found.cls_k, **values, **({"picture": str(picture)} if picture else {})})
-        return
-    _print(found, values)
-    if picture is not None:
-        print(f"  picture: {picture}")
-
-
-def _print(found: Importance, values: dict[str, dict[str, float]]) -> None:
-    print(f"importance over the positions of an image, mean of {len(found.classes):,} validation images (clusters of {found.cls_k} tokens)")
-    print(f"  {'mode':<14} {'std':>8} {'std/mean':>9}")
-    for mode, value in values.items():
-        print(f"  {mode:<14} {value['std']:8.4f} {value['std_over_mean']:9.2f}")
+    clusters = f"(clusters of {found.cls_k} tokens)"
+    said = f"importance over the positions of an image, mean of {len(found.classes):,} validation images {clusters}"
+    if show({"images": len(found.classes), "cls_k": found.cls_k, **values, **place}, json, said):
+        rows = [(mode, f"{value['std']:.4f}", f"{value['std_over_mean']:.2f}") for mode, value in values.items()]
+        print_table(rows, ("mode", "std", "std/mean"), right=(1, 2), indent=2)
+        show(place, False, *(f"  picture: {file}" for file in place.values()))
 
 
 def _draw(found: Importance, values: dict[str, dict[str, float]], images: int, file: Path) -> None:

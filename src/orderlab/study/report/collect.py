@@ -34,7 +34,7 @@ from orderlab.runtime.dist import own_device
 from orderlab.runtime.files import read_json, write_output
 from orderlab.runtime.run import RunFolder, code_version
 from orderlab.sampling.sample import SampleSet, sample_name
-from orderlab.study.catalog import SCALES, TABLES, Row, Scale, Variant, resolve, row_note, shortest_names, variants
+from orderlab.study.catalog import SCALES, TABLES, Row, Scale, Variant, flag, resolve, row_note, shortest_names, variants
 from orderlab.study.report.claims import over_seeds
 from orderlab.study.report.data import Cost, Phase, Playback, PlaybackOrder, ReportData, RunCurves, Table, Value, printed, with_error
 from orderlab.study.report.data import Row as ReportRow
@@ -168,7 +168,7 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
         galleries=[learned] if learned else [],
         vocabulary=model.vocabulary,
         notes=_notes(configs, rows, found),
-        commands=[f"orderlab reproduce --scale {scale.name} --rows {' '.join(shortest_names(rows))} --seed {seed}"],
+        commands=[f"orderlab reproduce --scale {scale.name} --rows {' '.join(shortest_names(rows))} --seed {seed}{flag()}"],
     )
 
 
