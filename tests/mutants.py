@@ -95,7 +95,7 @@ RESUME = [
            "state.load_moments(self.model, self.optimizer)", "pass"),
     Mutant("images seen not restored", "training/loop.py", "training/test_resume.py",
            "self.images = state.images if state is not None else 0", "self.images = 0"),
-    Mutant("moving average not restored", "runtime/checkpoint.py", "training/test_resume.py",
+    Mutant("moving average not restored", "runtime/run.py", "training/test_resume.py",
            'ema.load_state_dict(_below(self.tensors, "ema."))', "pass"),
     Mutant("dropout not re-seeded", "training/loop.py", "training/test_resume.py",
            'torch.manual_seed(key("dropout", config.seed, self.images, here.rank, micro_step))', "pass"),

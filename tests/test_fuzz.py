@@ -37,8 +37,7 @@ from orderlab.models.oracle import Oracle, load_oracle, save_oracle
 from orderlab.models.order_head import OrderedGPT
 from orderlab.models.vq import VQ, VQConfig, load_vq, save_vq
 from orderlab.models.weights import load_gpt, load_model, save_model
-from orderlab.runtime.checkpoint import read_state, save_state
-from orderlab.runtime.run import RunFolder
+from orderlab.runtime.run import RunFolder, read_state, save_state
 from orderlab.sampling.sample import SampleSet
 from orderlab.verbs.study import list_rows
 from tests.conftest import make_token_set

@@ -2,7 +2,7 @@
 
 import torch
 
-from orderlab.order.locality import REPULSION, locality_order
+from orderlab.order.paths import REPULSION, locality_order
 from orderlab.sampling.parallel import pass_counts
 
 

@@ -6,14 +6,12 @@ import pytest
 import torch
 
 from orderlab.config import GPTConfig, UserError
-from orderlab.evaluate.grouped import grouped_nll
-from orderlab.evaluate.likelihood import nll
+from orderlab.evaluate.likelihood import grouped_nll, nll
 from orderlab.models.gpt import GPT
 from orderlab.order.paths import ORDER_NAMES, path
 from orderlab.order.perm import random_orders, to_grid, to_steps
-from orderlab.sampling.draw import guide
+from orderlab.sampling.draw import guide, gumbel_noise
 from orderlab.sampling.generate import generate
-from orderlab.sampling.noise import gumbel_noise
 from orderlab.sampling.parallel import CHOICES, SCHEDULES, adaptive, fixed_point, inpaint, parallel, pass_counts
 from tests.models.test_gpt import noisy
 
@@ -98,8 +96,7 @@ def test_tokens_of_a_pass_are_drawn_given_the_passes_before_alone(given: GPT, sc
             with torch.inference_mode(), given.evaluating():
                 prefix_BT = torch.cat([tokens_BT[:, :start], torch.zeros(8, 1, dtype=torch.long)], dim=1)
                 logits_BV = given(CLASSES, prefix_BT, swapped[:, : start + 1])[:, -1]
-            from orderlab.sampling.draw import draw_tokens, image_uniforms
-            from orderlab.sampling.noise import draw_gumbel
+            from orderlab.sampling.draw import draw_gumbel, draw_tokens, image_uniforms
 
             if draw == "uniform":
                 expected_B = draw_tokens(logits_BV, image_uniforms(SEEDS, 16)[:, step])
@@ -192,8 +189,7 @@ def test_gumbel_noise_is_standard_and_of_its_image_position_and_code() -> None:
 
 def test_two_near_distributions_agree_far_more_often_with_gumbel_noise() -> None:
     """Why a guess survives: the inverse CDF moves every code behind a change."""
-    from orderlab.sampling.draw import draw_tokens
-    from orderlab.sampling.noise import draw_gumbel
+    from orderlab.sampling.draw import draw_gumbel, draw_tokens
 
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(400, 512, generator=generator, dtype=torch.float64) * 2
@@ -206,7 +202,7 @@ def test_two_near_distributions_agree_far_more_often_with_gumbel_noise() -> None
 
 
 def test_gumbel_draws_follow_the_softmax() -> None:
-    from orderlab.sampling.noise import draw_gumbel
+    from orderlab.sampling.draw import draw_gumbel
 
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0], dtype=torch.float64)
     noise = gumbel_noise(torch.arange(20_000), torch.zeros(20_000, 1, dtype=torch.long), 4)[:, 0]

@@ -2,14 +2,17 @@
 
 A path is a Tensor `order` of length P = H·W: `order[t]` is the grid position (row·W + column) generated at step t.
 The first ten are the orders of the study this package implements; z-curve, hilbert, multiscale and halton go beyond it.
+`locality_order` is no path but an order for groups of tokens that are drawn together, one for each image.
 Every path is defined by formula, for any H and W, because the literature's names are not: "alternate" and "spiral in"
 mean different scans in different papers. To add an order, write a function (height, width) -> cells and name it in `PATHS`.
 """
 
+from __future__ import annotations
+
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -173,3 +176,53 @@ def parse_grid(text: str) -> tuple[int, int]:
     if max(height, width) > MOST_SIDE:
         raise UserError(f"grid '{text}' is too large; expected at most {MOST_SIDE}x{MOST_SIDE}")
     return height, width
+
+
+PROXIMITY, REPULSION = 1.0, 2  # LPD-L and -XL
+NEIGHBOURS = [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1) if (r, c) != (0, 0)]
+
+
+def locality_order(height: int, width: int, counts: Sequence[int], generator: torch.Generator, repulsion: int = REPULSION) -> Tensor:
+    """An order [P] for passes of `counts` tokens each, near what is decided and far from each other (LPD, 2507.01957).
+
+    The tokens of a pass are drawn independently, so they should depend on each other little and know much of their surroundings. Cells
+    are walked through by how many of their eight neighbours are decided (1 over the distance each), shuffled where that ties, and taken
+    unless a cell of the same group is within `repulsion`; what a group lacks is filled by farthest-point sampling. The first is uniform.
+    """
+    cells = [(r, c) for r in range(height) for c in range(width)]
+    decided: list[tuple[int, int]] = []
+    free = set(cells)
+    for count in counts:
+        shuffled = [
+            cells[i] for i in torch.rand(len(cells), generator=generator, dtype=torch.float64).sort().indices.tolist() if cells[i] in free
+        ]
+        score = {cell: _nearness(cell, free, height, width) for cell in shuffled}
+        ranked = sorted(shuffled, key=lambda cell: -score[cell])  # stable: ties stay shuffled
+        group: list[tuple[int, int]] = []
+        for cell in ranked:
+            if len(group) < count and score[cell] >= PROXIMITY and all(_gap(cell, other) > repulsion for other in group):
+                group.append(cell)
+        while len(group) < count:
+            left = [cell for cell in ranked if cell not in group]
+            group.append(max(left, key=lambda cell: min(_squared(cell, other) for other in group)) if group else left[0])
+        decided += group
+        free -= set(group)
+    return torch.tensor([r * width + c for r, c in decided])
+
+
+def _nearness(cell: tuple[int, int], free: set[tuple[int, int]], height: int, width: int) -> float:
+    """The sum of 1 / distance over decided cells among the eight neighbours."""
+    total = 0.0
+    for r, c in NEIGHBOURS:
+        near = cell[0] + r, cell[1] + c
+        if 0 <= near[0] < height and 0 <= near[1] < width and near not in free:
+            total += (r * r + c * c) ** -0.5
+    return total
+
+
+def _gap(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return max(abs(a[0] - b[0]), abs(a[1] - b[1]))
+
+
+def _squared(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2

@@ -18,8 +18,7 @@ from orderlab.models.decode import CachedDecoder, StaticDecoder
 from orderlab.models.gpt import GPT
 from orderlab.models.transformer import Backbone
 from orderlab.order.perm import as_batch, to_grid
-from orderlab.sampling.draw import Watch, check_drawing, guidance_scales, guide
-from orderlab.sampling.noise import Draw, Drawing, Noise
+from orderlab.sampling.draw import Draw, Drawing, Noise, Watch, check_drawing, guidance_scales, guide
 
 # B batch · R rows (B, or 2B under guidance: conditional, then null class) · P grid position · T generation step · V codebook
 

@@ -26,12 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orderlab.config import UserError
+from orderlab.models.decode import WindowDecoder
 from orderlab.models.gpt import GPT
-from orderlab.models.window import WindowDecoder
 from orderlab.order.perm import as_batch, in_groups, put, to_grid, to_steps
-from orderlab.sampling.draw import Watch, check_drawing, guidance_scales, guide
+from orderlab.sampling.draw import Drawing, Noise, Watch, check_drawing, guidance_scales, guide
 from orderlab.sampling.generate import check_images
-from orderlab.sampling.noise import Drawing, Noise
 
 SCHEDULES = {  # share of the tokens that is generated after a share of the passes
     "uniform": lambda done: done,

@@ -31,8 +31,7 @@ from orderlab.models.oracle import load_oracle, true_class_probability
 from orderlab.models.order_head import OrderedGPT
 from orderlab.models.vq import VQ, tokenizer_hash
 from orderlab.models.weights import ImageModel, load_model, set_precision
-from orderlab.order.locality import locality_order
-from orderlab.order.paths import path
+from orderlab.order.paths import locality_order, path
 from orderlab.runtime.dist import ALONE, World, generator, image_seeds, world
 from orderlab.runtime.files import locked, make_folder, read_json, remove, write_array, write_arrays, write_json
 from orderlab.runtime.run import RunFolder, device_name

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from orderlab.config import RunConfig, UserError
 from orderlab.data.tokens import token_sets
-from orderlab.runtime.checkpoint import read_state, save_state
 from orderlab.runtime.dist import World, autocast, key, whole, world
-from orderlab.runtime.run import RunFolder, StopSignal
+from orderlab.runtime.run import RunFolder, StopSignal, read_state, save_state
 from orderlab.training.objectives import Batch, Objective, load_start, objective_for
 from orderlab.training.optim import Loss, accumulating, adamw, is_sharded, learning_rate, moving_average, prepare
 from orderlab.training.speed import Speed
