@@ -8,7 +8,7 @@ from orderlab.config import GPTConfig, SampleConfig
 from orderlab.models.transformer import Block
 from orderlab.study import catalog
 from orderlab.study import cost as cost_tables
-from orderlab.study.cost import block_bytes, head_bytes, sampling_cost, training_cost, training_memory
+from orderlab.study.cost import block_bytes, head_bytes, sampling_cost, sampling_flops, training_cost, training_memory
 
 GRID = (4, 4)
 
@@ -112,3 +112,11 @@ def test_semifast_8_decodes_nine_images_and_looks_at_each_once_more() -> None:
     plain, eight = (SampleConfig(order=order, sampler=sampler) for order, sampler in (("raster", "kv-cache"), ("learned", "semifast-8")))
     costs = [sampling_cost(scale.model, config, scale)["sampling_pflop"] for config in (plain, eight)]
     assert costs[1] / costs[0] == pytest.approx(9 + 9 / 2)  # guidance has two branches, states and choice have one
+
+
+def test_samplers_of_several_tokens_a_pass_count_their_inputs() -> None:
+    """A window is computed whole in every pass at most; parallel feeds each token once more to ask; adaptive asks for all candidates."""
+    model = GPTConfig(layers=2, heads=2, dim=16, grid=(4, 4), vocabulary=29, classes=5, ffn_hidden=48)
+    one = sampling_flops(model, SampleConfig(order="raster", images=3))
+    for sampler, factor in (("fixed-point-4", 4), ("parallel-16", 1), ("parallel-4", 1.75), ("adaptive-8", 9)):
+        assert sampling_flops(model, SampleConfig(order="raster", images=3, sampler=sampler)) == pytest.approx(factor * one)

@@ -124,6 +124,12 @@ def passes_beside(config: SampleConfig, positions: int) -> int:
     return {"best-of": number, "semifast": 1 + number, "fast": 1, "phases": number, "slow": positions}.get(name, 0)
 
 
+def inputs_per_token(config: SampleConfig, positions: int) -> float:
+    """Inputs of the KV cache's passes for each token; a fixed point's at most, as if every pass fixed one token alone."""
+    name, number = config.method
+    return {"fixed-point": number, "parallel": 2 - number / positions, "adaptive": 1 + number}.get(name, 1)
+
+
 def passes(config: SampleConfig, positions: int) -> int:
     """Forward passes that an image takes, both guidance branches in one: a step of a KV cache counts as one, as a whole pass does."""
     name, number = config.method

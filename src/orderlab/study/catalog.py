@@ -85,6 +85,7 @@ class Row:
     """Feed the target-aware embedding at inference; None: as the run was configured (the study: never)."""
     rescore: Literal["likelihood", "oracle"] = "likelihood"
     """What chooses among candidates."""
+    draw: Literal["uniform", "gumbel"] = "uniform"
     note: str = ""
     is_headline: bool = False
     """Scored at several guidance scales, so that one fixed scale decides nothing."""
@@ -212,6 +213,7 @@ TABLES = {
     "ours-schedule": "Ours: other shares of random, anneal and raster; RAR from a raster model",
     "ours-target": "Ours: the target embedding fed at inference too",
     "ours-any-order": "Ours: RAR at the end of its random phase, under nine orders",
+    "ours-passes": "Ours: how many passes? Several tokens a pass, positions that the model chooses, and raster's own tokens in fewer passes",
     "8-context": "A bidirectional masked model on the same tokens and budget (IN-100)",
     "ours-masked": "Ours: the masked model by sampler and number of steps",
 }
@@ -305,6 +307,14 @@ ROWS: list[Row] = [
         Row(f"ours-any-order/{order.replace(':', '-seed')}", "IN-100", "rar-300", order, Source(), checkpoint="random-end", target=True)
         for order in ("raster", "zigzag", "diagonal", "stride-2", "spiral", "column-major", "center-spiral", "reverse", "random:0")
     ),
+    # How many passes? The order-agnostic model, its target given; and the raster model's own tokens, exactly.
+    *(
+        Row(f"ours-passes/{name}-{passes}", "IN-100", "random-no-anneal", order, Source(), sampler=f"parallel-{passes}", target=True)
+        for name, order in (("random", "shuffled"), ("locality", "locality"))
+        for passes in (16, 32)
+    ),
+    Row("ours-passes/adaptive-8",     "IN-100", "random-no-anneal", "shuffled", Source(), sampler="adaptive-8", target=True),
+    Row("ours-passes/fixed-point-16", "IN-100", "raster-300",       "raster",   Source(), sampler="fixed-point-16", draw="gumbel"),
     # Section 8: MAR's column, which the study leaves empty ("different arch"), with the number of steps that MAR uses; then by sampler and steps.
     Row("8-context/mar",                    "IN-100", "masked", "random", Source(), sampler="unmask-random-64", is_headline=True),
     *(
@@ -660,7 +670,7 @@ def variants(row: Row, scale: Scale, seed: int = 0) -> list[Variant]:
 def sample_config(row: Row, scale: Scale, seed: int = 0) -> SampleConfig:
     """How the row's images are generated at this scale."""
     sizes = {"images": scale.sample_images, "batch": scale.sample_batch, "seed": seed}
-    return SampleConfig(order=row.order, sampler=row.sampler, target=row.target, rescore=row.rescore, **sizes)
+    return SampleConfig(order=row.order, sampler=row.sampler, target=row.target, rescore=row.rescore, draw=row.draw, **sizes)
 
 
 # A user's own study: a Python file whose ORDERS, TABLES, RECIPES, SCALES and ROWS are added to those above.

@@ -21,7 +21,7 @@ from orderlab.config import LEARNED, GPTConfig, MaskedTask, OracleTask, RunConfi
 from orderlab.evaluate.likelihood import MASKED_IMAGES
 from orderlab.models.gpt import GPT
 from orderlab.models.transformer import Block, RMSNorm
-from orderlab.sampling.sample import decoded_images, passes_beside
+from orderlab.sampling.sample import decoded_images, inputs_per_token, passes_beside
 from orderlab.sampling.unmask import METHODS
 from orderlab.study.catalog import H100_TFLOPS, RECIPES, SOURCE_COSTS, SOURCE_HOURS, SOURCE_INFERENCE, Scale, resolve
 from orderlab.training import speed
@@ -171,7 +171,8 @@ def sampling_flops(model: GPTConfig, config: SampleConfig) -> float:
         b = (last - positions * first) / (positions * (positions - 1))
         a = first - b
         per_row = a * positions * (positions + 1) / 2 + b * positions * (positions + 1) * (2 * positions + 1) / 6 + head * positions
-    return (per_row * rows * decoded_images(config) + whole * passes_beside(config, positions)) * config.images
+    made = decoded_images(config) * inputs_per_token(config, positions)
+    return (per_row * rows * made + whole * passes_beside(config, positions)) * config.images
 
 
 def sampling_cost(model: GPTConfig, config: SampleConfig, scale: Scale) -> dict[str, Any]:
