@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from orderlab.config import GPTConfig, UserError
+from orderlab.config import GPTConfig, RunConfig, UserError
 from orderlab.data.tokens import TokenSet
+from orderlab.evaluate import likelihood
 from orderlab.evaluate.likelihood import measure, nll
 from orderlab.models.gpt import GPT
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
+from orderlab.training import loop
 from tests.conftest import make_token_set
 from tests.models.test_gpt import noisy
 
@@ -101,3 +105,16 @@ def test_a_measurement_is_the_mean_over_images_with_its_error(token_folder: Path
     alone = measure(model, validation, "spiral")
     assert alone["standard_error"] is None
     assert alone["image_set"] != found["image_set"]
+
+
+def test_weights_that_give_no_number_are_named_and_nothing_is_written(tiny_run: RunConfig, tmp_path: Path) -> None:
+    run_dir = tmp_path / "r@smoke/seed0"
+    loop.run(tiny_run, run_dir)
+    file = run_dir / "checkpoints/final.safetensors"
+    with safe_open(file, "pt") as weights:
+        header, tensors = weights.metadata(), {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    tensors["norm.weight"][0] = float("nan")
+    save_file(tensors, file, header)
+    with pytest.raises(UserError, match="likelihood of validation image 0 is not a number"):
+        likelihood.run(run_dir, ["raster"])
+    assert not (run_dir / "nll.json").exists()

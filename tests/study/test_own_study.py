@@ -60,8 +60,10 @@ def test_the_page_is_carried_out_as_it_is_written(desk: Path, capsys: pytest.Cap
 
     with (desk / "my_study.py").open("a") as file:
         file.write("# a comment\n")
-    cli.main(["nll", str(run), "--orders", "checkerboard"])
+    cli.main(["nll", str(run), "--orders", "raster"])
     assert "was changed after" in capsys.readouterr().err
+    cli.main(["nll", str(run), "--orders", "checkerboard", "--catalog", "my_study.py"])
+    assert capsys.readouterr().err == ""
     (desk / "my_study.py").unlink()
     with pytest.raises(SystemExit, match="2"):
         cli.main(["nll", str(run), "--orders", "checkerboard"])

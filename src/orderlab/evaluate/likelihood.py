@@ -194,6 +194,11 @@ def measure_any_order(model: ImageModel, token_set: TokenSet) -> dict[str, Any]:
 def _summary(nats_N: Tensor, model: Backbone, token_set: TokenSet, indices: np.ndarray) -> dict[str, Any]:
     """From nats an image: nats a token with its standard error, bits an image, what a uniform guess would have, and which images it was."""
     per_token_N = nats_N / model.config.positions
+    if not bool(per_token_N.isfinite().all()):
+        image = int(indices[int((~per_token_N.isfinite()).nonzero()[0])])
+        raise UserError(
+            f"the likelihood of validation image {image} is not a number: the weights are damaged or diverged; nothing was written"
+        )
     classes_N, tokens_NP = token_set.read(indices)
     return {
         "nll_per_token": float(per_token_N.mean()),

@@ -702,8 +702,8 @@ _added_file: dict[str, str] = {}
 def use(file: Path | None = None, run: Path | None = None) -> None:
     """Add a user's own study to the catalogue, in place of the one that was added before.
 
-    It is `file`, else what the variable ORDERLAB_CATALOG names, else what the folder `run` of a run or of its samples remembers,
-    else none. Raises `UserError` for a file that cannot be read, a wrong type and a name that exists.
+    It is `file`, else what the variable ORDERLAB_CATALOG names, else what the folder `run` of a run or of its samples remembers
+    (the file as it was then, byte for byte), else none. Raises `UserError` for a file that cannot be read, a wrong type and a name that exists.
     """
     _added.close()
     _added_file.clear()
@@ -712,10 +712,16 @@ def use(file: Path | None = None, run: Path | None = None) -> None:
     if not named and not Path(remembered.get("file", "")).is_file():
         return
     place = Path(named or remembered["file"]).absolute()
+    with reading(place, HOW):
+        digest = sha256(place.read_bytes()).hexdigest()
+    # Run folders are passed around: of what one remembers nothing is carried out but the very file that it was trained with.
+    if remembered not in ({}, {"file": str(place), "sha256": digest}):
+        print(
+            f"orderlab: {place} was changed after {run} was trained and is not read; to use it name it: --catalog {place}", file=sys.stderr
+        )
+        return
     study = _read(place)
-    _added_file.update(file=str(place), sha256=sha256(place.read_bytes()).hexdigest())
-    if remembered not in ({}, _added_file):
-        print(f"orderlab: {place} was changed after {run} was trained; its orders may mean something else", file=sys.stderr)
+    _added_file.update(file=str(place), sha256=digest)
     titles = {row.table: row.table for row in study.ROWS if row.table not in TABLES} | study.TABLES
     _add(place, "table", TABLES, titles)
     _add(place, "recipe", RECIPES, study.RECIPES)
