@@ -12,8 +12,8 @@ from orderlab.models.gpt import GPT
 from orderlab.models.weights import merge_target
 from orderlab.order.paths import path
 from orderlab.order.perm import random_orders
-from orderlab.sampling.draw import image_uniforms
-from orderlab.sampling.generate import Drawing, StaticLoop, _loops, generate, static_loop
+from orderlab.sampling.draw import Draw, Drawing, Noise
+from orderlab.sampling.generate import StaticLoop, _loops, generate, static_loop
 from tests.models.test_decode import OnGPU
 
 CONFIG = GPTConfig(layers=3, heads=2, dim=16, grid=(4, 4), vocabulary=29, classes=5, ffn_hidden=48, target_embedding=True)
@@ -137,7 +137,8 @@ def test_on_a_gpu_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.inference_mode()
-def test_on_a_gpu_a_step_is_the_replay_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("draw", ["uniform", "gumbel"])
+def test_on_a_gpu_a_step_is_the_replay_of_a_graph(monkeypatch: pytest.MonkeyPatch, draw: Draw) -> None:
     """A graph of each length is captured before the first step; here it is a call that notes its length."""
     gpt, classes, order_BT = model(), torch.tensor([0, 3]), path("spiral", 4, 4).expand(2, -1)
     replayed: list[int] = []
@@ -151,10 +152,11 @@ def test_on_a_gpu_a_step_is_the_replay_of_a_graph(monkeypatch: pytest.MonkeyPatc
             self.loop.advance(gpt, self.live)
 
     monkeypatch.setattr(StaticLoop, "_capture", lambda loop, model: loop.graphs.update({n: Graph(loop, n) for n in (4, 8, 12, 16)}))
-    loop = static_loop(gpt, classes, order_BT, True, Drawing(1.0, 0, 1.0, False), 2)
+    noise = Noise(Drawing(draw, 1.0, 0, 1.0, is_greedy=False), [5, 6], 16, classes.device)
+    loop = static_loop(gpt, classes, order_BT, True, noise)
     loop.slot = loop.slot.as_subclass(OnGPU)
-    tokens_BT = loop.run(gpt, image_uniforms([5, 6], 16), [1.0] * 16)
-    plain = generate(gpt, classes, order_BT, seeds=[5, 6], target=True, sampler="kv-cache-plain")
+    tokens_BT = loop.run(gpt, noise, [1.0] * 16)
+    plain = generate(gpt, classes, order_BT, seeds=[5, 6], target=True, sampler="kv-cache-plain", draw=draw)
     assert torch.equal(tokens_BT.as_subclass(torch.Tensor), plain.gather(1, order_BT))
     assert replayed == [4] * 4 + [8] * 4 + [12] * 4 + [16] * 4
 
@@ -178,3 +180,17 @@ def test_weights_that_moved_or_changed_are_seen() -> None:
     for changed in (gpt, gpt.float()):
         static = generate(changed, *arguments[1:], **options, sampler="kv-cache-static")  # pyrefly: ignore
         assert torch.equal(static, generate(changed, *arguments[1:], **options, sampler="kv-cache-plain"))  # pyrefly: ignore
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_gumbel_noise_serves_every_sampler_and_every_batch(guidance: float) -> None:
+    """The loop is kept for the next batch, with its noise in place; the plain loop and the full forward draw the same."""
+    gpt, classes = model(), torch.tensor([1, 2, 4])
+    for seeds in ([5, 6, 7], [8, 9, 5]):
+        found = [
+            generate(gpt, classes, path("spiral", 4, 4), seeds=seeds, guidance=guidance, sampler=sampler, draw="gumbel")
+            for sampler in ("kv-cache-static", "kv-cache-plain", "full-forward")
+        ]
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[1], found[2])
+        assert not torch.equal(found[0], generate(gpt, classes, path("spiral", 4, 4), seeds=seeds, guidance=guidance))
