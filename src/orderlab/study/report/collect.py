@@ -232,8 +232,10 @@ def _nll(row: Row, order: str, runs: Runs) -> Value | None:
 def _agreement(row: Row, runs: Runs) -> str:
     """How many images of the full-forward sampler are, token for token, those of the KV cache."""
     own, samples = runs.own(row).sample, runs.folder(row.run).samples
+    if own.sampler != "full-forward":
+        return ""
     sets = [samples / sample_name(own.edited(sampler=sampler)) for sampler in ("full-forward", "kv-cache")]
-    if own.sampler != "full-forward" or not all((place / "sample.json").exists() for place in sets):
+    if not all((place / "sample.json").exists() for place in sets):
         return ""
     full, cached = (SampleSet(place).tokens_NP for place in sets)
     return f"{int((full == cached).all(1).sum()):,} of {len(full):,} images equal the KV cache's, token for token"
