@@ -190,8 +190,9 @@ def test_tokenize(small_vq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         survives_a_full_disk(monkeypatch, tmp_path / "whole", command, records, range(steps))
 
 
-def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token cache, training, samples, scores, likelihood: a kill at each write once the samples are there, and at every tenth before."""
+@pytest.mark.parametrize("stride", [10, pytest.param(1, marks=pytest.mark.slow)])
+def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int) -> None:
+    """Token cache, training, samples, scores, likelihood: a kill at each write; in the quick form at every tenth until the samples are there."""
     data = catalog.FASHION.edited(train_images=20, validation_images=10)
     scale = dataclasses.replace(
         catalog.SCALES["smoke"], name="kill-test", data=data, unit_images=64, sample_images=10, sample_batch=5, optim=OptimConfig(lr=3e-3)
@@ -215,14 +216,14 @@ def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tokens = {str(file.relative_to(root)): file.read_bytes() for file in sorted((root / "tokens").rglob("*.npy"))}
         return trained(folder.root), scores, nll, sets, tokens, (root / "reports/kill-test-seed0/report.html").read_bytes()
 
-    monkeypatch.setattr(Disk, "keep", every_tenth(Disk.keep))
+    monkeypatch.setattr(Disk, "keep", one_in(stride, Disk.keep))
     steps = survives(monkeypatch, tmp_path / "whole", command, records)
     assert steps > 50
 
 
-def every_tenth(keep: Callable[[Disk, Path, Any], None]) -> Callable[[Disk, Path, Any], None]:
+def one_in(stride: int, keep: Callable[[Disk, Path, Any], None]) -> Callable[[Disk, Path, Any], None]:
     def kept(self: Disk, copy: Path, handle: Any) -> None:
-        if self.steps % 10 == 0 or next(self.root.rglob("sample.json"), None) is not None:
+        if self.steps % stride == 0 or next(self.root.rglob("sample.json"), None) is not None:
             keep(self, copy, handle)
 
     return kept
