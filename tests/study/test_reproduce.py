@@ -1,6 +1,7 @@
 """Rows end to end on the embedded data, and nothing a second time."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from orderlab import load_run
 from orderlab.config import UserError
 from orderlab.evaluate.distances import read_per_image
+from orderlab.runtime.console import Console
 from orderlab.runtime.files import write_json
 from orderlab.study import catalog, reproduce
 from orderlab.study.report.claims import difference
@@ -145,3 +147,33 @@ def test_no_cache_is_written_into_a_run_that_is_named_from_within(runs: Path, fo
         with pytest.raises(Asked) as asked:
             measure()
         assert asked.value.args[0] == runs / "tokens"
+
+
+def test_a_sweep_over_guidance_scales(runs: Path, tmp_path: Path) -> None:
+    """Every row at each scale, its own at 2 where that is one; the report is of what was asked for, each time."""
+    shutil.copytree(runs, tmp_path / "runs")
+    rows, tiny = catalog.rows_named(("2-in100/zigzag",)), catalog.SCALES["tiny-test"]
+    swept = reproduce.Plan(rows, catalog.sampling(tiny, None, [1.5, 2.0]), tmp_path / "runs", 0)
+    page = reproduce.run(swept, Console(quiet=True))
+    assert page is not None
+    sets = load_run(tmp_path / "runs/raster-300@tiny-test/seed0").samples()
+    assert sorted(found.config.guidance for found in sets.values() if found.config.order == "zigzag") == [1.5, 2.0]
+    text = page.with_name("report.md").read_text()
+    assert "Rows by guidance scale" in text
+    assert "--guidance 1.5,2" in text
+    assert (page.parent / "figures/guidance.png").exists()
+    assert reproduce._is_reported(swept)
+    plain = reproduce.Plan(rows, tiny, tmp_path / "runs", 0)
+    assert plain.is_done(rows[0])
+    assert not reproduce._is_reported(plain)
+    assert reproduce.run(plain, Console(quiet=True)) == page
+    assert "guidance scale" not in page.with_name("report.md").read_text()
+
+
+def test_a_rows_own_guidance_in_a_sweep() -> None:
+    row, tiny = catalog.row_named("2-in100/zigzag"), catalog.SCALES["smoke"]
+    for asked, own in (([], 2.0), ([1.5, 2.0, 2.5], 2.0), ([3.0, 4.0], 3.0)):
+        found = catalog.variants(row, catalog.sampling(tiny, 100, asked))
+        assert found[0].sample.guidance == own
+        assert found[0].sample.images == 100
+        assert sorted(variant.sample.guidance for variant in found) == sorted(asked or [2.0])

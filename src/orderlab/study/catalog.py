@@ -12,7 +12,7 @@ import difflib
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -196,6 +196,8 @@ class Scale:
     oracle: OracleTask = VIT_B
     has_ema_rows: bool = False
     """Score the moving average of the weights beside the headline rows."""
+    guidances: tuple[float, ...] = ()
+    """Guidance scales that every row is sampled at, in place of 2 and a headline row's four; its own is 2 where that is one, else the first."""
 
 
 TABLES = {
@@ -425,7 +427,7 @@ ORACLE_FOR_1M = OracleTask(layers=4, heads=4, dim=128, mlp_dim=512)
 ABOUT_10M = GPTConfig(layers=8, heads=8, dim=320, ffn_hidden=896, grid=(16, 16), vocabulary=512, classes=10)
 GPT_B = GPTConfig(layers=12, heads=12, dim=768, classes=100)
 GPT_L, GPT_XL = GPT_B.edited(layers=24, heads=16, dim=1024), GPT_B.edited(layers=36, heads=20, dim=1280)
-GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of headline rows
+GUIDANCE, GUIDANCES = 2.0, (1.0, 1.5, 2.0, 3.0)  # the study's, and those of headline rows
 C2I_B = "c2i_B_256.pt"  # LlamaGen's GPT-B after 300 epochs of ImageNet-1K
 
 # fmt: off
@@ -510,9 +512,9 @@ def scale_named(name: str) -> Scale:
     return SCALES[name]
 
 
-def sampling(scale: Scale, images: int | None) -> Scale:
-    """The same scale with so many images sampled for each row."""
-    return scale if images is None else replace(scale, sample_images=images)
+def sampling(scale: Scale, images: int | None, guidances: Sequence[float] = ()) -> Scale:
+    """The same scale with so many images sampled for each row, and at other guidance scales where any are named."""
+    return replace(scale, sample_images=images or scale.sample_images, guidances=tuple(guidances) or scale.guidances)
 
 
 def row_named(row_id: str) -> Row:
@@ -661,15 +663,18 @@ def variants(row: Row, scale: Scale, seed: int = 0) -> list[Variant]:
     """A row's sample sets: its own first, then a headline row's other guidance scales and averaged weights."""
     own = sample_config(row, scale, seed)
     found = [Variant(own, row.checkpoint)]
+    guidances = scale.guidances or (GUIDANCES if row.is_headline else ())
+    found += [Variant(own.edited(guidance=guidance), row.checkpoint) for guidance in guidances if guidance != own.guidance]
     if row.is_headline:
-        found += [Variant(own.edited(guidance=guidance), row.checkpoint) for guidance in GUIDANCES if guidance != own.guidance]
         found += [Variant(own, f"{row.checkpoint}-ema")] if scale.has_ema_rows else []
     return found
 
 
 def sample_config(row: Row, scale: Scale, seed: int = 0) -> SampleConfig:
     """How the row's images are generated at this scale."""
-    sizes = {"images": scale.sample_images, "batch": scale.sample_batch, "seed": seed}
+    sizes: dict[str, Any] = {"images": scale.sample_images, "batch": scale.sample_batch, "seed": seed}
+    if scale.guidances and GUIDANCE not in scale.guidances:
+        sizes["guidance"] = scale.guidances[0]
     return SampleConfig(order=row.order, sampler=row.sampler, target=row.target, rescore=row.rescore, draw=row.draw, **sizes)
 
 

@@ -23,7 +23,7 @@ from orderlab.runtime.run import RunFolder
 from orderlab.sampling import sample
 from orderlab.study import catalog, cost
 from orderlab.study.catalog import Row, Scale, resolve, row_note, sample_config, variants
-from orderlab.study.report.collect import collect, is_distance, report_folder, run_folder
+from orderlab.study.report.collect import collect, command, is_distance, report_folder, run_folder
 from orderlab.study.report.methods import with_comparisons
 from orderlab.study.report.page import build
 from orderlab.training import loop
@@ -103,7 +103,7 @@ def run(plan: Plan, console: Console | None = None) -> Path | None:
     """Carry out the rows of a plan; returns the report's page, or None when training was told to stop."""
     console, rows, scale, page = console or Console(), plan.rows, plan.scale, plan.report / "report.html"
     todo = [row for row in rows if not plan.is_done(row)]
-    clock, is_done = time.perf_counter(), not todo and (page.exists() or not plan.is_scored)
+    clock, is_done = time.perf_counter(), not todo and (not plan.is_scored or _is_reported(plan))
     if is_done:
         console.say(f"everything is done: {len(rows)} rows at scale {scale.name}, seed {plan.seed}")
     else:
@@ -124,6 +124,12 @@ def run(plan: Plan, console: Console | None = None) -> Path | None:
     samples = f"{plan.runs}/<run>@{scale.name}/seed{plan.seed}/samples"
     console.say(f"samples lie in {samples}; --reference FILE scores them: docs/cluster.md")
     return None
+
+
+def _is_reported(plan: Plan) -> bool:
+    """Whether the report that is there is of these very rows, images and guidance scales."""
+    text, made_by = plan.report / "report.md", command(plan.rows, plan.scale, plan.seed)
+    return (plan.report / "report.html").exists() and text.exists() and f"{made_by}\n" in text.read_text()
 
 
 def work(plan: Plan, console: Console | None = None) -> str:

@@ -44,6 +44,9 @@ Against = Annotated[
     Path | None, Doc("npz that ImageNet samples are scored against (ADM's, or of orderlab reference); without it they are not")
 ]
 RowImages = Annotated[Count | None, Doc("images sampled for each row, in place of the scale's; 50000 for FID")]
+Guidances = Annotated[
+    str | None, Doc("guidance scales that every row is sampled at, with commas between (1.5,2,2.5); the scale's when empty")
+]
 Network = Annotated[str | None, Doc("inception, fashion, efficientnet-lite0 or a TorchScript file; by image size when empty")]
 Classes = Annotated[str | None, Doc("imagenet100, imagenet1k or a file of WordNet ids; those of the folders when empty")]
 Labels = Annotated[
@@ -78,6 +81,14 @@ def numbers(text: str, flag: str, least: int = 0) -> list[int]:
     if not re.fullmatch(r"[0-9]{1,12}(,[0-9]{1,12})*", text) or min(map(int, text.split(","))) < least:
         raise UserError(f"{flag} {text}: expected numbers from {least} with commas between, such as 1,2,8")
     return [int(number) for number in text.split(",")]
+
+
+def guidance_scales(text: str | None) -> list[float]:
+    """Read "1.5,2,2.5"."""
+    parts = text.split(",") if text else []
+    if not all(re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", part) for part in parts) or len(set(parts)) < len(parts):
+        raise UserError(f"--guidance {text}: expected different scales with commas between, such as 1.5,2,2.5")
+    return [float(part) for part in parts]
 
 
 def placed(tokenizer: str | None) -> str | None:

@@ -25,6 +25,7 @@ def reproduce(
     start: flags.Start = None,
     reference: flags.Against = None,
     images: flags.RowImages = None,
+    guidance: flags.Guidances = None,
     catalog: flags.Catalog = None,
     runs: flags.Runs = flags.RUNS,
     dry_run: flags.DryRun = False,
@@ -32,7 +33,7 @@ def reproduce(
 ) -> None:
     """Rows of the study, each through train, sample, NLL and score, then the report; what is done is skipped."""
     study.use(catalog)
-    known = study.sampling(study.scale_named(scale), images)
+    known = study.sampling(study.scale_named(scale), images, flags.guidance_scales(guidance))
     chosen = study.rows_named(rows, known)
     from orderlab.study import reproduce as module
 
@@ -113,6 +114,7 @@ def report(
     rows: flags.Rows = ("2-in100",),
     seed: flags.Seed = 0,
     images: flags.RowImages = None,
+    guidance: flags.Guidances = None,
     catalog: flags.Catalog = None,
     runs: flags.Runs = flags.RUNS,
     out: Annotated[Path | None, Doc("folder to write; runs/reports/SCALE-seedK when empty")] = None,
@@ -123,7 +125,7 @@ def report(
     from orderlab.study.report.methods import with_comparisons
     from orderlab.study.report.page import build
 
-    known = study.sampling(study.scale_named(scale), images)
+    known = study.sampling(study.scale_named(scale), images, flags.guidance_scales(guidance))
     data = with_comparisons(collect(study.rows_named(rows, known), known, runs, seed), known, runs, seed)
     for page in build(data, out or report_folder(runs, known, seed))[:2]:
         print(page)

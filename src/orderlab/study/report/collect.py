@@ -8,6 +8,7 @@ several seeds of a run were scored, a number is their mean.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,8 +36,22 @@ from orderlab.runtime.files import read_json, write_output
 from orderlab.runtime.run import RunFolder, code_version
 from orderlab.sampling.sample import SampleSet, sample_name
 from orderlab.study.catalog import SCALES, TABLES, Row, Scale, Variant, flag, resolve, row_note, shortest_names, variants
+from orderlab.study.report import figures
 from orderlab.study.report.claims import over_seeds
-from orderlab.study.report.data import Cost, Phase, Playback, PlaybackOrder, ReportData, RunCurves, Table, Value, printed, with_error
+from orderlab.study.report.data import (
+    Cost,
+    Gallery,
+    Phase,
+    Picture,
+    Playback,
+    PlaybackOrder,
+    ReportData,
+    RunCurves,
+    Table,
+    Value,
+    printed,
+    with_error,
+)
 from orderlab.study.report.data import Row as ReportRow
 from orderlab.study.report.pictures import gallery, sample_grid
 
@@ -140,6 +155,16 @@ def distance_name(scale: Scale, runs: Path, seed: int) -> str:
     return "FID-5K"
 
 
+def command(rows: list[Row], scale: Scale, seed: int) -> str:
+    """What makes the report of these rows; of another command's report it is no line."""
+    asked, plain = "", SCALES[scale.name]
+    if scale.sample_images != plain.sample_images:
+        asked += f" --images {scale.sample_images}"
+    if scale.guidances != plain.guidances:
+        asked += f" --guidance {','.join(f'{guidance:g}' for guidance in scale.guidances)}"
+    return f"orderlab reproduce --scale {scale.name} --rows {' '.join(shortest_names(rows))} --seed {seed}{asked}{flag()}"
+
+
 def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
     """Everything measured so far for these rows; what is missing stays empty."""
     found = Runs(scale, runs, seed)
@@ -165,10 +190,10 @@ def collect(rows: list[Row], scale: Scale, runs: Path, seed: int) -> ReportData:
         orders={name: rank(order_T[None]).view(model.grid).numpy() for name, order_T in orders.items()},
         coverage={name: coverage_curve(order_T, *model.grid).tolist() for name, order_T in orders.items()},
         playback=_playback(rows, found),
-        galleries=[learned] if learned else [],
+        galleries=[pictures for pictures in (learned, _guidance_curves(rows, found)) if pictures],
         vocabulary=model.vocabulary,
         notes=_notes(configs, rows, found),
-        commands=[f"orderlab reproduce --scale {scale.name} --rows {' '.join(shortest_names(rows))} --seed {seed}{flag()}"],
+        commands=[command(rows, scale, seed)],
     )
 
 
@@ -246,12 +271,29 @@ def _headline_variants(rows: list[Row], runs: Runs) -> list[Table]:
     entries = [
         ReportRow(f"{row.id}#{variant.label}", f"{row.label}, {variant.label}", row.order, row.sampler, metrics)
         for row in rows
-        if row.is_headline
+        if row.is_headline or runs.scale.guidances
         for variant in sorted(variants(row, runs.scale, runs.seed), key=lambda v: (v.checkpoint != row.checkpoint, v.sample.guidance))
         if (metrics := _metrics(row, variant, runs))
     ]
     intro = f"One fixed guidance scale decides nothing. {runs.scale.sample_images:,} images a row."
-    return [Table("headline", "Headline rows by guidance scale", intro, entries)] if entries else []
+    title = "Rows by guidance scale" if runs.scale.guidances else "Headline rows by guidance scale"
+    return [Table("headline", title, intro, entries)] if entries else []
+
+
+def _guidance_curves(rows: list[Row], runs: Runs) -> Gallery | None:
+    """The distance of each row against its guidance scale, where a sweep was asked for; None below two scales."""
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows if len(runs.scale.guidances) > 1 else ():
+        for variant in variants(row, runs.scale, runs.seed):
+            value = _metrics(row, variant, runs).get(runs.metric)
+            if value is not None and variant.checkpoint == row.checkpoint:
+                error = math.nan if value.standard_error is None else value.standard_error
+                curves.setdefault(row.label, []).append((variant.sample.guidance, value.value, error))
+    if not any(len(points) > 1 for points in curves.values()):
+        return None
+    caption = f"{runs.metric} against the guidance scale, one standard error, {runs.scale.sample_images:,} images a point."
+    picture = Picture("guidance", caption, figures.guidance(curves, {row.label: row.order for row in rows}, runs.metric))
+    return Gallery("guidance", "By guidance scale", "Each row at the guidance scales that were asked for.", [picture])
 
 
 def _images(samples: Path, count: int) -> np.ndarray | None:

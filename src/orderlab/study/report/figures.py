@@ -9,6 +9,7 @@ import html
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -281,6 +282,23 @@ def attention(heads: dict[str, np.ndarray], uniform: float) -> Figure:
         axes.xaxis.set_major_locator(FixedLocator(list(range(1, layers + 1))))
         axes.set(xlim=(0.5, layers + 0.5), ylim=(0, None), xlabel="layer", ylabel="grid cells")
         figure.legend(loc="outside upper left", ncols=len(heads), labelcolor=INK, handlelength=1.0)
+        return figure
+
+
+def guidance(curves: dict[str, list[tuple[float, float, float]]], orders: dict[str, str], metric: str) -> Figure:
+    """A distance with its error against the guidance scale, a curve a row in its order's colour; rows of one order differ in their dashes."""
+    with drawing(WIDTH, 3.0) as figure:
+        axes, drawn = figure.subplots(), Counter[str]()
+        for name, points in curves.items():
+            scales, values, errors = zip(*sorted(points), strict=True)
+            colour = order_colour(orders[name])
+            line: dict[str, Any] = {"color": colour, "linestyle": ("-", "--", ":", "-.")[drawn[colour] % 4], "linewidth": 1.5}
+            axes.errorbar(scales, values, yerr=errors, label=name, marker="o", markersize=4, **line)
+            drawn[colour] += 1
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set(xlabel="guidance scale", ylabel=metric)
+        figure.legend(loc="outside lower center", ncols=3, labelcolor=INK, handlelength=1.4)
         return figure
 
 
