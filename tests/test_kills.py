@@ -190,7 +190,7 @@ def test_tokenize(small_vq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         survives_a_full_disk(monkeypatch, tmp_path / "whole", command, records, range(steps))
 
 
-@pytest.mark.parametrize("stride", [10, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [10, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int) -> None:
     """Token cache, training, samples, scores, likelihood: a kill at each write; in the quick form at every tenth until the samples are there."""
     data = catalog.FASHION.edited(train_images=20, validation_images=10)
