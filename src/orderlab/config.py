@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 MOST_SIDE = 256
 SAMPLERS = r"^(kv-cache|kv-cache-static|kv-cache-plain|full-forward|fast|slow|(semifast|phases|best-of|fixed-point|parallel|adaptive)-[1-9]\d*|unmask-(random|confidence|halton)-[1-9]\d*)$"
 LEARNED, SHUFFLED, PARALLEL, LOCALITY = "learned", "shuffled", "parallel", "locality"
+Draw = Literal["uniform", "gumbel"]
+Schedule = Literal["uniform", "cosine", "arccos"]
+Choice = Literal["confidence", "low-entropy", "high-entropy"]
 PATHLESS = (LEARNED, SHUFFLED, PARALLEL, LOCALITY)
 """Orders that are no path: an OrderHead's, a fresh random one for each image, a masked model's sets of tokens, and LPD's groups."""
 EXECUTION_KNOBS = frozenset({"micro_batch", "compile", "sharding", "checkpoint_every"})
@@ -414,11 +417,11 @@ class SampleConfig(Frozen):
     top_p: float = Field(1.0, gt=0, le=1)
     sampler: str = "kv-cache"
     """kv-cache, kv-cache-static, kv-cache-plain, full-forward; best-of-N; fixed-point-W, parallel-N, adaptive-C; fast, slow, semifast-N, phases-N of an OrderHead; unmask-KIND-T."""
-    draw: Literal["uniform", "gumbel"] = "uniform"
+    draw: Draw = "uniform"
     """What a token is drawn with: one uniform a step through the inverse CDF, or Gumbel noise of each position and code."""
-    schedule: Literal["uniform", "cosine", "arccos"] = "uniform"
+    schedule: Schedule = "uniform"
     """How parallel-N deals out the tokens to its passes."""
-    choose: Literal["confidence", "low-entropy", "high-entropy"] = "confidence"
+    choose: Choice = "confidence"
     """Which of its candidates adaptive-C generates next."""
     rescore: Literal["likelihood", "oracle"] = "likelihood"
     """What chooses among candidates: their mean log-likelihood, or the oracle's probability of the true class."""

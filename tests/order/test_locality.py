@@ -3,11 +3,11 @@
 import torch
 
 from orderlab.order.paths import REPULSION, locality_order
-from orderlab.sampling.parallel import pass_counts
+from orderlab.sampling.unmask import reveal_counts
 
 
 def test_groups_are_near_what_is_decided_and_far_from_each_other() -> None:
-    counts = pass_counts(256, 32, "cosine")
+    counts = reveal_counts(256, 32, "cosine")
     order = locality_order(16, 16, counts, torch.Generator().manual_seed(0))
     assert sorted(order.tolist()) == list(range(256))
     starts = [sum(counts[:i]) for i in range(len(counts))]

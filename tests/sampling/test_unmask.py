@@ -211,12 +211,12 @@ def test_a_sample_config_names_method_and_steps(model: MaskedModel, name: str) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 17}, "17 unmasking steps for 16 tokens; expected 1 to 16"),
-        ({"steps": 0}, "0 unmasking steps for 16 tokens"),
+        ({"steps": 17}, "17 steps for 16 tokens; expected 1 to 16"),
+        ({"steps": 0}, "0 steps for 16 tokens"),
         ({"order": torch.arange(15)}, "order has 15 positions; the model's grid has 16"),
         ({"order": torch.zeros(16, dtype=torch.long)}, "not a permutation"),
         ({"order": "spiral"}, "unknown unmasking order 'spiral'"),
-        ({"schedule": "linear"}, "unknown unmasking schedule 'linear'"),
+        ({"schedule": "linear"}, "unknown schedule 'linear'"),
         ({"seeds": [1, 2]}, "2 seeds for 1 images"),
         ({"classes": torch.tensor([11])}, "the model knows 0 to 10"),
         ({"temperature": 0.0}, "temperature"),

@@ -125,7 +125,7 @@ def test_a_masked_run_samples_and_is_measured_like_any_other(trained: Path) -> N
     ("sampler", "order", "message"),
     [
         ("kv-cache", "raster", "sampler kv-cache needs a causal model, and this run's is masked"),
-        ("unmask-random-17", "random", "17 unmasking steps for 16 tokens; expected 1 to 16"),
+        ("unmask-random-17", "random", "17 steps for 16 tokens; expected 1 to 16"),
     ],
 )
 def test_samplers_that_do_not_fit_are_one_clear_line(trained: Path, sampler: str, order: str, message: str) -> None:

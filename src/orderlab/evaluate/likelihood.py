@@ -229,7 +229,7 @@ def normalised(order: str) -> str:
 def grouped_nll(model: GPT, classes: Tensor, tokens: Tensor, order: Tensor, counts: Sequence[int], *, target: bool | None = None) -> Tensor:
     """Negative log-likelihood of each token, in nats, where pass i generates `counts[i]` tokens: [B, P] in grid space.
 
-    The arguments of `nll`, and how many tokens each pass generates (`sampling.parallel.pass_counts`). With one token a pass it is
+    The arguments of `nll`, and how many tokens each pass generates (`sampling.unmask.reveal_counts`). With one token a pass it is
     `nll`. Raises `UserError` where the counts do not fit, or the model is not given its target position.
     """
     classes, tokens = check_tokens(model, classes, tokens)

@@ -176,6 +176,10 @@ class Backbone(nn.Module):
         """RoPE rows of the class slot and of every grid position: [1 + P, K/2, 2]."""
         return rope_table(self.config.grid, self.config.head_dim, self.config.rope_base, self.rope_dtype, device)
 
+    def branches(self, classes_B: Tensor, is_guided: bool) -> Tensor:
+        """The classes of the rows: [B], or under guidance [2B], the images' own and then the null class for each."""
+        return torch.cat([classes_B, torch.full_like(classes_B, self.null_class)]) if is_guided else classes_B
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits over the codebook of final-norm states [..., D]: [..., V], in fp32 (or wider)."""
         logits = self.output(hidden)

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Self, get_args
+from typing import NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
 
-from orderlab.config import UserError
+from orderlab.config import Draw, UserError
 from orderlab.order.perm import to_steps
 
 # B batch · N places of an image · X = B · N draws · T generation step · V codebook
 
-Draw = Literal["uniform", "gumbel"]
 DRAWS: tuple[Draw, ...] = get_args(Draw)
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIXERS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
@@ -66,10 +65,10 @@ def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale: float | Tenso
 class BadLogits(UserError):
     """Logits that are no distribution: `row` of `rows` at `step`, each from 0."""
 
-    def __init__(self, row: int, rows: int, step: int, image: int | None = None):
-        self.row, self.rows, self.step = row, rows, step
+    def __init__(self, row: int, rows: int, step: int, unit: str = "step", image: int | None = None):
+        self.row, self.rows, self.step, self.unit = row, rows, step, unit
         super().__init__(
-            f"the model's logits for image {row if image is None else image} are not numbers at step {step} (NaN or infinite): its weights "
+            f"the model's logits for image {row if image is None else image} are not numbers at {unit} {step} (NaN or infinite): its weights "
             "are damaged or diverged, or guidance and temperature are beyond its range; nothing was written for this batch"
         )
 
@@ -80,7 +79,8 @@ class Watch:
     `reset` and `note` change tensors in place and take no number from the host, so that a CUDA graph can hold them.
     """
 
-    def __init__(self, rows: int, device: torch.device):
+    def __init__(self, rows: int, device: torch.device, unit: str = "step"):
+        self.unit = unit
         self.good_steps_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.steps = torch.zeros((), dtype=torch.long, device=device)
 
@@ -99,7 +99,7 @@ class Watch:
         rows, steps = len(self.good_steps_B), int(self.steps)
         good_steps_B = self.good_steps_B.cpu()
         if rows and int(good_steps_B.min()) < steps:
-            raise BadLogits(int(good_steps_B.argmin()), rows, int(good_steps_B.min()))
+            raise BadLogits(int(good_steps_B.argmin()), rows, int(good_steps_B.min()), self.unit)
 
 
 def keep_top(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -66,8 +66,7 @@ def generate(
     noise = Noise(Drawing(draw, temperature, top_k, top_p, greedy), seeds, positions, device)
     order_BT = as_batch(order, len(classes_B), positions).to(device, copy=True)
     is_guided = guidance > 1.0
-    classes_R = torch.cat([classes_B, torch.full_like(classes_B, model.null_class)]) if is_guided else classes_B
-    classes_R, order_RT = classes_R.to(device), order_BT.repeat(2 if is_guided else 1, 1)
+    classes_R, order_RT = model.branches(classes_B, is_guided).to(device), order_BT.repeat(2 if is_guided else 1, 1)
     scales = guidance_scales(guidance, guidance_schedule, positions)
     before = None if revise is None else Revision(revise, order_BT, order_RT)
     with model.evaluating():

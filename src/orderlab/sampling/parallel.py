@@ -15,29 +15,23 @@ One token a pass is the sequential sampler in each of them. What a group of toke
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orderlab.config import UserError
+from orderlab.config import Choice, UserError
 from orderlab.models.decode import WindowDecoder
 from orderlab.models.gpt import GPT
 from orderlab.order.perm import as_batch, in_groups, put, to_grid, to_steps
 from orderlab.sampling.draw import Drawing, Noise, Watch, check_drawing, guidance_scales, guide
 from orderlab.sampling.generate import check_images
+from orderlab.sampling.unmask import reveal_counts
 
-SCHEDULES = {  # share of the tokens that is generated after a share of the passes
-    "uniform": lambda done: done,
-    "cosine": lambda done: 1 - math.cos(math.pi / 2 * done),  # RandAR, LPD
-    "arccos": lambda done: 1 - math.acos(done) / (math.pi / 2),  # MaskGIT, ARPG
-}
-CHOICES = ("confidence", "low-entropy", "high-entropy")
+CHOICES: tuple[Choice, ...] = get_args(Choice)
 
 
 @dataclass
@@ -50,19 +44,6 @@ class Generated:
     """The position generated at each step."""
     passes_B: Tensor
     """Forward passes until the image was whole, both branches of guidance in one."""
-
-
-def pass_counts(positions: int, passes: int, schedule: str = "uniform") -> list[int]:
-    """How many tokens each pass generates: at least one, `positions` in all. Raises `UserError` for a number of passes that does not fit."""
-    if schedule not in SCHEDULES:
-        raise UserError(f"unknown schedule '{schedule}'; expected one of {', '.join(SCHEDULES)}")
-    if not 1 <= passes <= positions:
-        raise UserError(f"{passes} passes for {positions} tokens; expected 1 to {positions}, since each pass generates at least one")
-    ends = [0]
-    for done in range(1, passes + 1):
-        wanted = round(positions * SCHEDULES[schedule](done / passes))
-        ends.append(min(positions - (passes - done), max(ends[-1] + 1, wanted)))
-    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 class Generation:
@@ -93,14 +74,13 @@ class Generation:
         self.home = torch.as_tensor(order).device
         self.order_BT = as_batch(order, len(classes_B), positions).to(device, copy=True)
         self.branches = 2 if guidance > 1.0 else 1
-        null_B = torch.full_like(classes_B, model.null_class) if self.branches == 2 else classes_B
-        classes_R = torch.cat([classes_B, null_B]) if self.branches == 2 else classes_B
+        classes_R = model.branches(classes_B, is_guided=self.branches == 2)
         self.decoder = WindowDecoder(model, classes_R, self.order_BT.repeat(self.branches, 1), target)
         self.tokens_BT = torch.zeros_like(self.order_BT)
         scales = [1.0] * kept + guidance_scales(guidance, guidance_schedule, positions - kept)  # a schedule goes by generated tokens
         self.scales_T = torch.tensor(scales, dtype=model.rope_dtype, device=device)
         self.noise = Noise(Drawing(draw, temperature, top_k, top_p, greedy), seeds, positions, device)
-        self.watch_settings = len(classes_B), device
+        self.watch = Watch(len(classes_B), device, "pass")
         self.positions, self.is_target_given = positions, model.config.target_at_inference if target is None else target
 
     def logits(self, slots_BN: Tensor, asked_BN: Tensor, sees_NN: Tensor, limit_B: Tensor, kept: int, scale_steps_BN: Tensor) -> Tensor:
@@ -122,6 +102,7 @@ class Generation:
             )
 
     def done(self, passes_B: Tensor) -> Generated:
+        self.watch.check()
         tokens_BP = to_grid(self.tokens_BT, self.order_BT)
         return Generated(tokens_BP.to(self.home), self.order_BT.to(self.home), passes_B.to(self.home))
 
@@ -147,12 +128,11 @@ def fixed_point(model: GPT, classes: Tensor, order: Tensor, *, seeds: Sequence[i
     offsets_1N, sees_NN = torch.arange(window, device=device)[None], lower(window, device)
     fixed_B = torch.zeros(len(tokens_BT), dtype=torch.long, device=device)  # tokens that are known to be right
     passes_B = torch.zeros_like(fixed_B)
-    watch = Watch(*made.watch_settings)
     with model.evaluating():
         while bool((is_open_B := fixed_B < steps).any()):
             slots_BN = (fixed_B[:, None] + offsets_1N).clamp_max(steps - 1)
             logits_BNV = made.logits(slots_BN, to_steps(made.order_BT, slots_BN), sees_NN, fixed_B, window, slots_BN)
-            drawn_BN = made.noise.draw(logits_BNV, slots_BN, to_steps(made.order_BT, slots_BN), watch)
+            drawn_BN = made.noise.draw(logits_BNV, slots_BN, to_steps(made.order_BT, slots_BN), made.watch)
             is_right_BN = drawn_BN == to_steps(tokens_BT, slots_BN)
             right_B = 1 + is_right_BN[:, : window - 1].long().cumprod(1).sum(1)  # the first is right whatever was guessed
             ahead_BN = slots_BN + window  # steps that nothing is known of take the last slot's logits with their own noise
@@ -164,7 +144,6 @@ def fixed_point(model: GPT, classes: Tensor, order: Tensor, *, seeds: Sequence[i
             made.tokens_BT = tokens_BT
             passes_B += is_open_B
             fixed_B = (fixed_B + right_B).clamp_max(steps)
-    watch.check()
     return made.done(passes_B)
 
 
@@ -181,11 +160,11 @@ def parallel(
     """Generate in `passes` passes: the next positions of the order are drawn together, independently of each other given all before.
 
     `order` [P] or [B, P]; `schedule` deals out the tokens ("uniform", "cosine" or "arccos"). `options` are those of `generate`
-    (without sampler and revise), and `draw`. Guidance and noise go by a token's step, as in the sequential sampler, which as many
-    passes as tokens are. Raises `UserError` for a model that is not given its target position.
+    (without sampler and revise), and `draw`. Guidance and noise go by a token's step, as in the sequential sampler, which it is with as many passes as
+    tokens. Raises `UserError` for a model that is not given its target position.
     """
     made = Generation(model, classes, order, seeds, **options)
-    counts = pass_counts(made.positions, passes, schedule)
+    counts = reveal_counts(made.positions, passes, schedule)
     if passes < made.positions:
         made.require_target("a pass of several tokens")
     return in_groups_of(made, 0, counts)
@@ -193,15 +172,14 @@ def parallel(
 
 def in_groups_of(made: Generation, start: int, counts: Sequence[int]) -> Generated:
     """Draw the tokens from step `start` on, so many in each pass; those before are there, and enter with the first pass."""
-    watch, cached, batch, device = Watch(*made.watch_settings), 0, *made.tokens_BT.shape[:1], made.tokens_BT.device
+    cached, batch, device = 0, len(made.tokens_BT), made.tokens_BT.device
     with made.decoder.model.evaluating():
         for count in counts:
             steps_BN = torch.arange(start, start + count, device=device).expand(batch, -1)
             positions_BN = made.order_BT[:, start : start + count]
             logits_BNV = ask(made, cached, start, positions_BN, steps_BN, is_first_kept=True)
-            made.tokens_BT[:, start : start + count] = made.noise.draw(logits_BNV, steps_BN, positions_BN, watch)
+            made.tokens_BT[:, start : start + count] = made.noise.draw(logits_BNV, steps_BN, positions_BN, made.watch)
             start, cached = start + count, start + 1
-    watch.check()
     return made.done(torch.full((batch,), len(counts)))
 
 
@@ -247,7 +225,7 @@ def adaptive(
         raise UserError(f"choose '{choose}' among {candidates} candidates; expected one of {', '.join(CHOICES)} and at least 1")
     if candidates > 1:
         made.require_target("a choice among positions")
-    remaining_BN, watch = made.order_BT.clone(), Watch(*made.watch_settings)
+    remaining_BN = made.order_BT.clone()
     batch, device = len(remaining_BN), remaining_BN.device
     with model.evaluating():
         for step in range(made.positions):
@@ -259,9 +237,8 @@ def adaptive(
             logits_B1V = logits_BNV[torch.arange(batch, device=device)[:, None], best_B1]
             made.order_BT[:, step] = position_B1[:, 0]
             made.decoder.order_RT.copy_(made.order_BT.repeat(made.branches, 1))
-            made.tokens_BT[:, step] = made.noise.draw(logits_B1V, step_B1, position_B1, watch)[:, 0]
+            made.tokens_BT[:, step] = made.noise.draw(logits_B1V, step_B1, position_B1, made.watch)[:, 0]
             remaining_BN = remaining_BN[remaining_BN != position_B1].view(batch, -1)
-    watch.check()
     return made.done(torch.full((batch,), made.positions))
 
 
@@ -333,7 +310,7 @@ def _filled(
     kept_first_BT = to_steps(order_BT, in_groups(to_steps((~keep_BP).to(torch.uint8), order_BT)))
     made = Generation(model, classes_B, kept_first_BT, seeds, kept=kept, **options)
     left = made.positions - kept
-    counts = pass_counts(left, left if passes is None else passes, schedule)
+    counts = reveal_counts(left, left if passes is None else passes, schedule)
     if len(counts) < left:
         made.require_target("a pass of several tokens")
     made.tokens_BT[:, :kept] = to_steps(tokens_BP, kept_first_BT)[:, :kept].to(made.tokens_BT.device)

@@ -38,10 +38,10 @@ from orderlab.runtime.run import RunFolder, device_name
 from orderlab.sampling import semifast
 from orderlab.sampling.draw import BadLogits
 from orderlab.sampling.generate import SAMPLERS, generate
-from orderlab.sampling.parallel import Generated, adaptive, fixed_point, parallel, pass_counts
+from orderlab.sampling.parallel import Generated, adaptive, fixed_point, parallel
 from orderlab.sampling.semifast import Made, Rescore
 from orderlab.sampling.unmask import METHODS as UNMASKING
-from orderlab.sampling.unmask import unmask_as
+from orderlab.sampling.unmask import reveal_counts, unmask_as
 
 # B batch · N images · P grid position · T generation step
 
@@ -82,7 +82,7 @@ def method_for(model: ImageModel, config: SampleConfig, rescore: Rescore | None 
         if config.order == SHUFFLED:
             order_NT = semifast.shuffled(gpt.config.positions, seeds, candidates)
         elif config.order == LOCALITY:
-            counts = pass_counts(gpt.config.positions, number, config.schedule)
+            counts = reveal_counts(gpt.config.positions, number, config.schedule)
             order_NT = torch.stack([locality_order(*gpt.config.grid, counts, generator("locality", seed)) for seed in seeds])
         else:
             order_NT = path(config.order, *gpt.config.grid).expand(len(seeds) * candidates, -1)
@@ -270,7 +270,7 @@ def _sample_parts(
             try:
                 made = method(classes_B, image_seeds(config.seed, images))
             except BadLogits as bad:  # name the image of the set; candidates of one image are rows side by side
-                raise BadLogits(bad.row, bad.rows, bad.step, image=start + bad.row * config.batch // bad.rows) from None
+                raise BadLogits(bad.row, bad.rows, bad.step, bad.unit, start + bad.row * config.batch // bad.rows) from None
             seconds, timed = seconds + time.perf_counter() - clock, timed + config.batch
             arrays = {"tokens": made.tokens_BP}
             beside = {"drafts": made.drafts_BP, "passes": made.passes_B}

@@ -25,9 +25,10 @@ from orderlab.sampling.semifast import shuffled
 
 # B batch · R rows (B, or 2B under guidance) · P grid position · T place in the order · N positions of a step · V codebook
 
-SCHEDULES: dict[str, Callable[[float], float]] = {  # share still masked after a share of the steps
-    "cosine": lambda done: math.cos(math.pi / 2 * done),  # MAR
-    "arccos": lambda done: math.acos(done) / (math.pi / 2),  # MaskGIT
+SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the tokens that is left after a share of the steps
+    "uniform": lambda done: 1 - done,
+    "cosine": lambda done: math.cos(math.pi / 2 * done),  # MAR; RandAR and LPD
+    "arccos": lambda done: math.acos(done) / (math.pi / 2),  # MaskGIT; ARPG
 }
 METHODS = {"unmask-random": "cosine", "unmask-confidence": "arccos", "unmask-halton": "arccos"}  # each with its paper's schedule
 CHOICE_TEMPERATURE = 4.5  # of the Gumbel noise on confidences at the first step (MaskGIT's code); it falls linearly to 0
@@ -47,14 +48,14 @@ def unmask_as(model: MaskedModel, config: SampleConfig) -> Callable[[Tensor, Seq
 
 
 def reveal_counts(positions: int, steps: int, schedule: str = "cosine") -> list[int]:
-    """How many tokens each step reveals; at least one, `positions` in all.
+    """How many tokens each step (of a masked model) or pass (of a causal one) generates; at least one, `positions` in all.
 
-    What a schedule leaves masked is rounded down, as MAR and MaskGIT do. Raises `UserError` where `steps` does not fit.
+    What a schedule leaves is rounded down, as MAR and MaskGIT do. Raises `UserError` where `steps` does not fit.
     """
     if schedule not in SCHEDULES:
-        raise UserError(f"unknown unmasking schedule '{schedule}'; expected one of {', '.join(SCHEDULES)}")
+        raise UserError(f"unknown schedule '{schedule}'; expected one of {', '.join(SCHEDULES)}")
     if not 1 <= steps <= positions:
-        raise UserError(f"{steps} unmasking steps for {positions} tokens; expected 1 to {positions}, since each step reveals at least one")
+        raise UserError(f"{steps} steps for {positions} tokens; expected 1 to {positions}, since each generates at least one")
     counts, left = [], positions
     for step in range(1, steps):
         wanted = math.floor(positions * SCHEDULES[schedule](step / steps))
@@ -134,9 +135,8 @@ def logits_at(
     model: MaskedModel, classes_B: Tensor, tokens_BP: Tensor, is_masked_BP: Tensor, positions_BN: Tensor, scale: float | None
 ) -> Tensor:
     """Guided logits at some positions of each image, in one forward pass: [B · N, V]."""
-    rows = 1 if scale is None else 2
-    classes_R = classes_B if scale is None else torch.cat([classes_B, torch.full_like(classes_B, model.null_class)])
-    per_row = [tensor.repeat(rows, 1) for tensor in (tokens_BP, is_masked_BP, positions_BN)]
+    classes_R = model.branches(classes_B, is_guided=scale is not None)
+    per_row = [tensor.repeat(len(classes_R) // len(classes_B), 1) for tensor in (tokens_BP, is_masked_BP, positions_BN)]
     parts = model.in_parts(model.config.positions, classes_R, *per_row)
     logits_RNV = model.head(torch.cat([states_at(model.hidden(*inputs), at_RN) for *inputs, at_RN in parts]))
     return (logits_RNV if scale is None else guide(*logits_RNV.chunk(2), scale=scale)).flatten(0, 1)

@@ -27,6 +27,7 @@ from orderlab.config import (
     AnnealedOrder,
     AutoregressiveTask,
     DataConfig,
+    Draw,
     FixedOrder,
     GPTConfig,
     MaskedTask,
@@ -85,7 +86,7 @@ class Row:
     """Feed the target-aware embedding at inference; None: as the run was configured (the study: never)."""
     rescore: Literal["likelihood", "oracle"] = "likelihood"
     """What chooses among candidates."""
-    draw: Literal["uniform", "gumbel"] = "uniform"
+    draw: Draw = "uniform"
     note: str = ""
     is_headline: bool = False
     """Scored at several guidance scales, so that one fixed scale decides nothing."""
